@@ -1,0 +1,1 @@
+"""Pure functions of arrays: no Flax, no mesh, no I/O."""

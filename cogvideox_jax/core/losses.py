@@ -1,0 +1,27 @@
+"""Losses as pure functions; reductions in float32."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+def reconstruction_l1(video: Float[Array, "b t h w c"], reconstruction: Float[Array, "b t h w c"]) -> Float[Array, ""]:
+    """Mean absolute error over all elements."""
+    return jnp.mean(jnp.abs(video.astype(jnp.float32) - reconstruction.astype(jnp.float32)))
+
+
+def kl_divergence(mean: Float[Array, "b ..."], logvar: Float[Array, "b ..."]) -> Float[Array, ""]:
+    """KL(N(mean, exp(logvar)) || N(0, 1)) in nats per latent element, averaged over all of them."""
+    mean, logvar = mean.astype(jnp.float32), logvar.astype(jnp.float32)
+    return 0.5 * jnp.mean(mean**2 + jnp.exp(logvar) - 1 - logvar)
+
+
+def mse_per_sample(prediction: Float[Array, "b ..."], target: Float[Array, "b ..."]) -> Float[Array, "b"]:
+    """Mean squared error of each sample. On velocity it equals SAT's weighted x0 loss exactly (spec 4.2)."""
+    error = prediction.astype(jnp.float32) - target.astype(jnp.float32)
+    return jnp.mean(error**2, axis=tuple(range(1, error.ndim)))
+
+
+def psnr(video: Float[Array, "b ..."], reconstruction: Float[Array, "b ..."]) -> Float[Array, "b"]:
+    """Peak signal to noise ratio in dB of each sample, for values in [-1, 1] (peak to peak 2), clipped first."""
+    reconstruction = jnp.clip(reconstruction.astype(jnp.float32), -1, 1)
+    return 10 * jnp.log10(4 / jnp.maximum(mse_per_sample(reconstruction, video), 1e-10))

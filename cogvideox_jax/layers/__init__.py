@@ -1,0 +1,1 @@
+"""Small Flax modules that know no model."""

@@ -1,0 +1,1 @@
+"""The only home of axis names, PartitionSpec, shard_map and collectives."""

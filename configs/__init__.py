@@ -1,0 +1,1 @@
+"""One file describes one stage of one run; its docstring says how to run it."""

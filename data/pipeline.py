@@ -1,0 +1,100 @@
+"""The Grain chains: record folder -> batches. The batch of a step is a pure function of (records, seed, step)."""
+
+import functools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import grain
+import numpy as np
+
+from cogvideox_jax.core.errors import InputError
+from cogvideox_jax.core.video import latent_frames
+from data import records, transforms
+
+Batch = dict[str, np.ndarray]
+
+# A video element is megabytes, and Grain's default of 16 threads x 500 elements would fill the host's memory.
+_READ = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+# Decoded windows kept per loader: a tiny data set is seen thousands of times (a large one leaves this idle).
+_CACHE_BYTES = 64 * 2**20
+
+
+def vae_batches(
+    folder: Path, *, num_frames: int, height: int, width: int, batch_size: int, seed: int, start_step: int
+) -> Iterator[Batch]:
+    """Batches {"video": float32 (b, num_frames, height, width, 3) in [-1, 1]} from step `start_step` on, without end.
+
+    Each epoch is a new shuffle. A clip longer than `num_frames` gives a random window; the picture is scaled to cover
+    height x width and cut to its centre. InputError when num_frames is not 4k+1 or exceeds the shortest clip.
+    """
+    latent_frames(num_frames)  # refuses what is not 4k+1
+    shortest = records.manifest(folder, "clips")["min_num_frames"]
+    if shortest < num_frames:
+        raise InputError(
+            f"num_frames={num_frames} is more than the shortest clip of {folder} has ({shortest}):"
+            f" lower num_frames, or prepare again with min_frames={num_frames}"
+        )
+    source = records.read(folder, "clips")
+
+    @functools.lru_cache(maxsize=max(1, _CACHE_BYTES // (num_frames * height * width * 3)))
+    def window(video: bytes, start: int) -> np.ndarray:
+        return transforms.resize_crop(transforms.decode(video, range(start, start + num_frames)), height, width)
+
+    def load(index: int, rng: np.random.Generator) -> Batch:
+        clip = source[index]
+        start = int(rng.integers(clip["num_frames"] - num_frames + 1))
+        return {"video": transforms.normalize(window(clip["video"], start))}
+
+    return _batches(len(source), load, batch_size=batch_size, seed=seed, start_step=start_step)
+
+
+def diffusion_batches(
+    folder: Path, *, batch_size: int, max_text_tokens: int, seed: int, start_step: int
+) -> Iterator[Batch]:
+    """Batches of latent records from step `start_step` on, without end; each epoch is a new shuffle.
+
+    {"mean", "logvar": float32 (b, t, h, w, c), "context": float32 (b, max_text_tokens, d), "index": int32 (b,)}, where
+    index is the record's place in the folder. The records must have been encoded with the same `max_text_tokens` (T5
+    embeds the padding too, so that cutting or filling afterwards would change the text): InputError otherwise.
+    """
+    source = records.read(folder, "latents")
+
+    def load(index: int, rng: np.random.Generator) -> Batch:
+        del rng
+        record = source[index]
+        tokens = len(record["context"])
+        if tokens != max_text_tokens:
+            raise InputError(
+                f"{folder} was encoded with {tokens} text tokens, max_text_tokens is {max_text_tokens}:"
+                f' set max_text_tokens={tokens}, or run the task "encode" again'
+            )
+        return {key: record[key] for key in ("mean", "logvar", "context")} | {"index": np.array(index, np.int32)}
+
+    load(0, np.random.default_rng())  # a wrong length shows before training
+    return _batches(len(source), load, batch_size=batch_size, seed=seed, start_step=start_step)
+
+
+def _batches(
+    num_records: int,
+    load: Callable[[int, np.random.Generator], Batch],
+    *,
+    batch_size: int,
+    seed: int,
+    start_step: int,
+) -> Iterator[Batch]:
+    chain = (
+        grain.MapDataset.range(num_records)
+        .seed(seed)
+        .shuffle()
+        .repeat()  # before batch: a data set smaller than a batch fills it, and no epoch drops its tail
+        .random_map(load)
+        .batch(batch_size, drop_remainder=True)
+    )
+    batches = iter(chain.to_iter_dataset(_READ))
+    batches.set_state({"next_index": start_step})
+    return batches
+
+
+def fingerprint(folder: Path) -> dict:
+    """Identifies the data for a checkpoint: {"builder", "num_records", "digest"}; the digest covers every value."""
+    return records.fingerprint(folder)

@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Passes the tests. Usage: bash launch/test.sh [all] [PYTEST_OPTION...]
+# Without `all` the slower markers (parity, tpu, fault, slow) are left out.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. launch/common.sh
+install requirements.txt launch/locks/data.txt launch/locks/dev.txt
+markers=(-m "not (parity or tpu or fault or slow)")
+if [ "${1:-}" = all ]; then
+  markers=()
+  shift
+fi
+.venv/bin/ruff check --quiet .
+.venv/bin/ruff format --check --quiet .
+.venv/bin/python -m pyright --level error
+.venv/bin/python -m pytest "${markers[@]}" "$@"
