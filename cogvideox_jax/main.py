@@ -10,6 +10,7 @@ import json
 import resource
 import sys
 import time
+from logging import WARNING, Formatter
 from pathlib import Path
 
 from absl import app, flags, logging
@@ -28,19 +29,21 @@ def _parse_flags(argv: list[str]) -> list[str]:
     """absl's parser, with what it raises turned into one line."""
     try:
         flags.mark_flags_as_required(["config", "workdir"])
-        return flags.FLAGS(argv)
+        rest = flags.FLAGS(argv)
+        CONFIG.value.task  # noqa: B018 (a config that could not be loaded says so on its first use)
+        return rest
     except flags.UnrecognizedFlagError as error:
-        near = error.suggestions or difflib.get_close_matches(error.flagname, ["config", "workdir"], 1)
+        near = difflib.get_close_matches(error.flagname.split(".")[0], ["config", "workdir"], 1)
         hint = f", did you mean --{near[0]}?" if near else ""
         message = f"unknown flag --{error.flagname}{hint}"
     except flags.Error as error:
         message = str(error)
-    except FileNotFoundError as error:
-        message = f"--config: {error.filename or error}: no such file"
+    except OSError as error:
+        message = f"--config cannot be loaded: {str(error).strip().splitlines()[-1]}"
     except (AttributeError, KeyError) as error:
         # config_flags raises these for a key that the config does not have
         message = f"unknown config key: {error.args[0] if error.args else error}"
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError) as error:
         message = str(error)
     _fail(message)
     raise AssertionError
@@ -60,7 +63,15 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         _fail(f"unexpected argument {argv[1]!r}: options look like --config.key=value")
     logging.set_verbosity(logging.INFO)
-    config, workdir = CONFIG.value, Path(WORKDIR.value)
+    logging.get_absl_handler().setFormatter(Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    # libraries speak only when something is wrong: a checkpoint alone is forty of their lines
+    ours = str(Path(__file__).parents[1])
+    logging.get_absl_handler().addFilter(
+        lambda record: (
+            record.levelno >= WARNING or (record.pathname.startswith(ours) and ".venv" not in record.pathname)
+        )
+    )
+    config, workdir = CONFIG.value, Path(str(WORKDIR.value))
     stored = json.loads(config.to_json_best_effort())
     name = f"{config.task} in {workdir}"
     done = workdir / "done.json"

@@ -22,7 +22,7 @@ def sampling(tiny: bool) -> ml_collections.ConfigDict:
     config.num_frames = 9 if tiny else 49
     config.height = 64 if tiny else 256
     config.width = 64 if tiny else 384
-    config.fps = 8.0
+    config.fps = 16.0 if tiny else 8.0
     config.sampler = "ddim"  # or dpm, dpm_ode
     config.num_inference_steps = 50
     config.guidance_scale = 2.0 if tiny else 6.0

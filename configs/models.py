@@ -23,7 +23,7 @@ SNR_SHIFT = {"2b": 3.0, "5b": 1.0, "5b-i2v": 1.0, "1.5-5b": 1.0, "1.5-5b-i2v": 1
 
 VAES: dict[str, dict[str, Any]] = {
     "cogvideox": {"channels": (128, 256, 256, 512), "layers_per_block": 3, "latent_channels": 16, "groups": 32},
-    "tiny": {"channels": (8, 16, 32, 64), "layers_per_block": 1, "latent_channels": 16, "groups": 4},
+    "tiny": {"channels": (8, 16, 32, 64), "layers_per_block": 1, "latent_channels": 16, "groups": 2},
 }
 
 T5: dict[str, dict[str, Any]] = {

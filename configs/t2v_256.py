@@ -24,7 +24,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.timestep_sampling = "explicit_uniform"  # or "uniform"
     config.text_dropout = 0.1
     config.batch_size = 16 if args.tiny else 2000  # samples, over all devices
-    config.num_steps = 1500 if args.tiny else 400_000
+    config.num_steps = 800 if args.tiny else 400_000
     config.ema_decay = 0.99 if args.tiny else 0.9999
     config.optimizer = {
         "learning_rate": 2e-3 if args.tiny else 1e-4,

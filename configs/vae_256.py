@@ -23,11 +23,11 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.height = 64 if args.tiny else 256
     config.width = 64 if args.tiny else 256
     config.batch_size = 1 if args.tiny else 64  # clips, over all devices
-    config.num_steps = 900 if args.tiny else 200_000
+    config.num_steps = 1200 if args.tiny else 200_000
     config.kl_weight = 1e-6
     config.ema_decay = 0.99 if args.tiny else 0.9999
     config.optimizer = {
-        "learning_rate": 3e-3 if args.tiny else 1e-4,
+        "learning_rate": 1.2e-3 if args.tiny else 1e-4,
         "warmup_steps": 50 if args.tiny else 1000,
         "final_fraction": 0.05,  # of the learning rate, at the end of the cosine
         "weight_decay": 1e-4,

@@ -1,24 +1,24 @@
 # Sourced by the launch scripts, from the repository's root: the environment in .venv, made once per lock.
 
-# install LOCK...: make .venv if it is missing and install the locks into it, unless exactly these are there already
+# install LOCK...: make .venv if it is missing, and install each lock into it unless just that one is there already
 install() {
-  local stamp=.venv/installed
-  local wanted
-  wanted=$(cat "$@" | sha256sum)
-  if [ ! -x .venv/bin/python ] || [ ! -f "$stamp" ] || ! grep -qF "$wanted" "$stamp"; then
-    local python=${PYTHON:-python3}
+  local python=${PYTHON:-python3} lock stamp wanted
+  if [ ! -x .venv/bin/python ]; then
     "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
       echo "error: $python is $("$python" --version 2>&1), Python 3.11 or newer is needed: set PYTHON=/path/to/python3.11" >&2
       return 2
     }
-    [ -x .venv/bin/python ] || "$python" -m venv .venv || return 1
-    local lock
-    for lock in "$@"; do
+    "$python" -m venv .venv || return 1
+  fi
+  for lock in "$@"; do
+    stamp=.venv/$(basename "$lock").installed
+    wanted=$(sha256sum < "$lock")
+    if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
       echo "installing $lock into .venv" >&2
       .venv/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes --requirement "$lock" || return 1
-    done
-    echo "$wanted" >> "$stamp"
-  fi
+      echo "$wanted" > "$stamp"
+    fi
+  done
 }
 
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}

@@ -7,7 +7,7 @@ cd "$(dirname "$0")/.."
 videos=${1:-data/samples}
 run=${2:-runs/quickstart}
 . launch/common.sh
-install requirements.txt launch/locks/data.txt
+install launch/locks/data.txt
 
 stage() { # stage WORKDIR CONFIG [OPTION...]
   local workdir=$1 config=$2

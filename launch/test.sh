@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/common.sh
-install requirements.txt launch/locks/data.txt launch/locks/dev.txt
+install launch/locks/data.txt launch/locks/dev.txt
 markers=(-m "not (parity or tpu or fault or slow)")
 if [ "${1:-}" = all ]; then
   markers=()

@@ -89,9 +89,9 @@ def sampler_step(
     state: SamplerState, velocity: Float[Array, "b ..."], row: Coefficients, noise: Float[Array, "b ..."] | None
 ) -> SamplerState:
     """One step from a velocity prediction. `row` holds scalars; `noise` is N(0, 1), None where spread is zero."""
-    clean = row.signal * state.sample - row.sigma * velocity.astype(jnp.float32)
+    clean = jnp.asarray(row.signal * state.sample - row.sigma * velocity.astype(jnp.float32))
     target = row.now * clean + row.before * state.clean
-    sample = row.keep * state.sample + row.pull * target
+    sample = jnp.asarray(row.keep * state.sample + row.pull * target)
     if noise is not None:
         sample = sample + row.spread * noise
     return SamplerState(sample, clean)

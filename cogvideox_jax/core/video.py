@@ -29,7 +29,10 @@ def pixel_frames(num_latent_frames: int) -> int:
 
 
 def latent_shape(num_frames: int, height: int, width: int, *, patch_size: int = 2) -> tuple[int, int, int]:
-    """Latent (t, h, w) of a clip. Raises InputError where the VAE and the patching do not divide the size."""
+    """Latent (t, h, w) of a clip that is to be decoded again.
+
+    Raises InputError where the VAE and the patching do not divide the size, or where t is even (spec 1.4).
+    """
     step = SPACE_FACTOR * patch_size
     for name, size in (("height", height), ("width", width)):
         if size < step or size % step:
@@ -38,7 +41,14 @@ def latent_shape(num_frames: int, height: int, width: int, *, patch_size: int = 
                 f"{name}={size} is not a multiple of {step} (8 for the VAE x {patch_size} for the patches): "
                 f"use {low} or {low + step}"
             )
-    return latent_frames(num_frames), height // SPACE_FACTOR, width // SPACE_FACTOR
+    frames = latent_frames(num_frames)
+    if frames % 2 == 0:
+        # the decoder knows the first frame of a clip, which stands for itself, by the odd length of its first chunk
+        raise InputError(
+            f"num_frames={num_frames} gives {frames} latent frames, and the VAE decodes only odd counts to the length "
+            f"they came from: use {num_frames - TIME_FACTOR} or {num_frames + TIME_FACTOR}"
+        )
+    return frames, height // SPACE_FACTOR, width // SPACE_FACTOR
 
 
 def patchify(

@@ -53,7 +53,8 @@ class SpatialNorm(nn.Module):
         self, x: Float[Array, "b t h w c"], latents: Float[Array, "b t1 h1 w1 z"]
     ) -> Float[Array, "b t h w c"]:
         # a pointwise convolution commutes with a nearest resize, so both run at the latents' size
-        scale = PointwiseConv(x.shape[-1], self.dtype, name="conv_y")(latents)
+        # a fresh scale is around 1: around 0 each norm would multiply the features by noise of either sign
+        scale = PointwiseConv(x.shape[-1], self.dtype, nn.initializers.ones, name="conv_y")(latents)
         shift = PointwiseConv(x.shape[-1], self.dtype, name="conv_b")(latents)
         size = x.shape[1:4]
         normed = group_norm(self.groups, self.dtype, "norm")(x)

@@ -1,7 +1,6 @@
 """Attention over tokens that are split over the sequence axis."""
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from cogvideox_jax.parallel.sharding import HEADS, TOKENS, ambient_axis, constrain
@@ -26,9 +25,3 @@ def attention(
         mask = (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
     out = jax.nn.dot_product_attention(q, k, v, mask=mask)
     return constrain(out, TOKENS) if ways > 1 else out
-
-
-def unmasked_reference(q: Array, k: Array, v: Array) -> Array:
-    """The textbook formula in float32, for tests."""
-    logits = jnp.einsum("blhd,bmhd->bhlm", q, k, preferred_element_type=jnp.float32) / jnp.sqrt(q.shape[-1])
-    return jnp.einsum("bhlm,bmhd->blhd", jax.nn.softmax(logits), v).astype(q.dtype)

@@ -1,12 +1,14 @@
-"""The device mesh: its axes, how it is made, and which part of the batch belongs to this host."""
+"""The device mesh: its axes, how it is made, and how a batch gets onto it."""
 
 import contextlib
+import os
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from cogvideox_jax.core.errors import InputError
+from cogvideox_jax.parallel.sharding import BATCH, named
 
 AXES = ("data", "fsdp", "sequence")
 
@@ -18,6 +20,9 @@ def start(simulated_devices: int = 0) -> None:
       simulated_devices: when positive, split the host CPU into this many devices (for tests, laptops and dry runs).
     """
     if simulated_devices:
+        # Each device runs its ready collectives at once, one thread each. With too few threads some devices block in one
+        # gather and the rest in another, for ever; XLA sizes its pool by this variable.
+        os.environ.setdefault("NPROC", str(16 * simulated_devices))
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", simulated_devices)
         if jax.device_count() != simulated_devices:
@@ -59,15 +64,7 @@ def check_divisible(mesh: Mesh, *, batch_size: int, tokens: int = 0) -> None:
         )
 
 
-def host_slice(batch_size: int) -> slice:
-    """This process's rows of the global batch."""
-    share = batch_size // jax.process_count()
-    return slice(jax.process_index() * share, (jax.process_index() + 1) * share)
-
-
 def global_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """Put this host's rows onto the mesh as one global batch, split over data and fsdp, replicated over sequence."""
-    from cogvideox_jax.parallel.sharding import BATCH, named
-
     sharding = named(mesh, BATCH)
     return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}

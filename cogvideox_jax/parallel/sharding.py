@@ -36,14 +36,14 @@ def named(mesh: Mesh, spec: P) -> NamedSharding:
 def parameter_spec(shape: tuple[int, ...], axes: dict[str, int]) -> P:
     """Placement of one parameter, by its shape alone.
 
-    The largest dimension that divides is split over fsdp and sequence together (parameters would otherwise be
-    replicated over sequence), else over fsdp; small arrays stay whole.
+    The largest dimension that divides (the last of equals, a kernel's outputs) is split over fsdp and sequence together
+    (parameters would otherwise be replicated over sequence), else over fsdp; small arrays stay whole.
     """
     if np.prod(shape, dtype=np.int64) < SMALLEST_SHARDED:
         return REPLICATED
     for names in (("fsdp", "sequence"), ("fsdp",)):
         ways = int(np.prod([axes[name] for name in names]))
-        for dim in sorted(range(len(shape)), key=lambda i: -shape[i]):
+        for dim in sorted(range(len(shape)), key=lambda i: (-shape[i], -i)):
             if ways > 1 and shape[dim] % ways == 0:
                 return P(*[names if i == dim else None for i in range(len(shape))])
     return REPLICATED

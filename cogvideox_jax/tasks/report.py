@@ -2,6 +2,7 @@
 
 import base64
 import io
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -74,17 +75,20 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     done = {stage: read_json(workdir / stage / "done.json", made_by=stage) for stage in STAGES}
     evaluation = read_json(workdir / "evaluate" / "evaluation.json", made_by="the evaluate task")
     funnel = read_json(workdir / "prepare" / "funnel.json", made_by="the prepare task")
+    vae_rows = read_metrics(workdir / "vae" / "metrics.jsonl")
+    diffusion_rows = read_metrics(workdir / "diffusion" / "metrics.jsonl")
     summary = {
         "reconstruction_psnr_db": evaluation["reconstruction_psnr_db"],
         "caption_accuracy": evaluation["caption_accuracy"],
         "num_clips": evaluation["num_clips"],
-        "vae_seconds_per_step": done["vae"]["results"]["step_seconds"],
-        "diffusion_seconds_per_step": done["diffusion"]["results"]["step_seconds"],
+        # the median: a compilation or a pause does not move it
+        "seconds_per_step": {
+            stage: statistics.median(row["step_seconds"] for row in rows)
+            for stage, rows in (("vae", vae_rows), ("diffusion", diffusion_rows))
+        },
         "peak_memory_mb": max(row["peak_memory_mb"] for row in done.values()),
         "stage_seconds": {stage: row["seconds"] for stage, row in done.items()},
     }
-    vae_rows = read_metrics(workdir / "vae" / "metrics.jsonl")
-    diffusion_rows = read_metrics(workdir / "diffusion" / "metrics.jsonl")
     curves = [
         ("VAE: reconstruction + KL loss", curve(vae_rows, "loss", log=True)),
         ("VAE: PSNR of the training batch, dB", curve(vae_rows, "psnr_db", log=False)),

@@ -64,8 +64,8 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
             start_step=first,
         )
         writer = metrics.MetricsWriter(workdir / "metrics.jsonl", resume_step=first)
-        progress = metrics.Progress(config.num_steps, "train_diffusion step", start=first)
-        since, seconds = time.monotonic(), []
+        progress = metrics.Progress(config.num_steps, "train_diffusion step")
+        since = time.monotonic()
         for step in range(first + 1, config.num_steps + 1):
             batch = meshes.global_batch(next(batches), mesh)
             train, logs = steps.train_step(
@@ -83,13 +83,12 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
             if step % config.log_steps == 0 or step == config.num_steps:
                 scalars = {name: float(value) for name, value in logs.items()}
                 now = time.monotonic()
-                seconds.append((now - since) / config.log_steps)
+                writer.write(step, scalars | {"step_seconds": (now - since) / config.log_steps})
                 since = now
-                writer.write(step, scalars | {"step_seconds": seconds[-1]})
                 progress.update(step, f"loss {scalars['loss']:.4f}")
             if step % config.checkpoint_steps == 0 or step == config.num_steps:
                 checkpoints.save(train, data)
         checkpoints.close()
         writer.close()
     parameters = sum(leaf.size for leaf in jax.tree.leaves(abstract.params))
-    return {"num_steps": config.num_steps, "step_seconds": metrics.typical(seconds), "parameters": parameters}
+    return {"num_steps": config.num_steps, "parameters": parameters}

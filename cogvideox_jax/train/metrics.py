@@ -1,7 +1,6 @@
 """Scalars on disk and progress on the screen."""
 
 import json
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -54,26 +53,25 @@ def duration(seconds: float) -> str:
 class Progress:
     """One line at most a second: what, how far, time left."""
 
-    def __init__(self, total: int, what: str, *, start: int = 0):
-        self._total, self._what, self._first = total, what, start
-        self._started = self._printed = time.monotonic()
+    def __init__(self, total: int, what: str):
+        self._total, self._what = total, what
+        self._started, self._printed = time.monotonic(), 0.0
+        self._first: tuple[float, int] | None = None
 
     def update(self, done: int, note: str = "") -> None:
-        """`done` of the total are finished; prints when a second has passed since the last line, and at the end."""
+        """`done` of the total are finished; prints when a second has passed since the last line, and at the end.
+
+        The time left is reckoned from the first call on, so that neither a compilation nor what an earlier process did
+        counts as speed.
+        """
         now = time.monotonic()
+        first_time, first_done = self._first = self._first or (now, done)
         if done < self._total and now - self._printed < 1:
             return
         self._printed = now
         line = f"{self._what} {done}/{self._total} ({100 * done // max(self._total, 1)} %)"
-        worked = done - self._first
         if done >= self._total:
             line += f", {duration(now - self._started)}"
-        elif worked > 0:
-            line += f", {duration((now - self._started) / worked * (self._total - done))} left"
+        elif done > first_done:
+            line += f", {duration((now - first_time) / (done - first_done) * (self._total - done))} left"
         logging.info("%s", line + (f": {note}" if note else ""))
-        sys.stderr.flush()
-
-
-def typical(values: list[float]) -> float | None:
-    """The median, which a compilation or a pause does not move; None without values."""
-    return sorted(values)[len(values) // 2] if values else None

@@ -37,4 +37,4 @@ def apply_gradients(
     n = state.step.astype(jnp.float32)
     decay = jnp.minimum(ema_decay, (1 + n) / (10 + n))
     ema = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.ema, params)
-    return TrainState(state.step + 1, params, ema, opt_state), optax.global_norm(gradients)
+    return TrainState(state.step + 1, params, ema, opt_state), optax.tree.norm(gradients)

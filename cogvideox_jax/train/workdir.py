@@ -80,6 +80,7 @@ def claim(workdir: Path, config: dict[str, Any]) -> IO[str]:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
+        lock.close()
         raise InputError(f"--workdir={workdir} is in use by another process") from None
     write_json(workdir / "config.json", config)
     return lock

@@ -15,10 +15,9 @@ def state_dict(shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
         u = fill(shapes[key], index)
         *parents, kind = key.split(".")
         is_norm = any("norm" in p for p in parents[-1:]) and kind == "weight" and parents[-1] != "linear"
+        value = 0.5 * u if u.ndim == 2 else 0.3 * u
         if u.ndim == 1:
             value = 1 + 0.2 * u if is_norm else 0.04 * u
-        else:
-            value = 0.5 * u if u.ndim == 2 else 0.3 * u
         tensors[key] = value.astype(np.float32)
     return tensors
 
