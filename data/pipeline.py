@@ -19,6 +19,27 @@ _READ = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
 _CACHE_BYTES = 64 * 2**20
 
 
+def check_clips(folder: Path, num_frames: int) -> None:
+    """Refuses (InputError) a `num_frames` that is not 4k+1 or exceeds the shortest clip, and a folder without clips."""
+    latent_frames(num_frames)
+    shortest = records.manifest(folder, "clips")["min_num_frames"]
+    if shortest < num_frames:
+        raise InputError(
+            f"num_frames={num_frames} is more than the shortest clip of {folder} has ({shortest}):"
+            f" lower num_frames, or prepare again with min_frames={num_frames}"
+        )
+
+
+def check_text(folder: Path, max_text_tokens: int, text_dim: int) -> None:
+    """Refuses (InputError) latent records whose text embeddings have another length or width."""
+    tokens, width = records.read(folder, "latents")[0]["context"].shape
+    if (tokens, width) != (max_text_tokens, text_dim):
+        raise InputError(
+            f"{folder} was encoded with {tokens} text tokens of width {width}, the model takes max_text_tokens="
+            f'{max_text_tokens} of text_dim={text_dim}: change config.model, or run the task "encode" again'
+        )
+
+
 def vae_batches(
     folder: Path, *, num_frames: int, height: int, width: int, batch_size: int, seed: int, start_step: int
 ) -> Iterator[Batch]:
@@ -27,13 +48,7 @@ def vae_batches(
     Each epoch is a new shuffle. A clip longer than `num_frames` gives a random window; the picture is scaled to cover
     height x width and cut to its centre. InputError when num_frames is not 4k+1 or exceeds the shortest clip.
     """
-    latent_frames(num_frames)  # refuses what is not 4k+1
-    shortest = records.manifest(folder, "clips")["min_num_frames"]
-    if shortest < num_frames:
-        raise InputError(
-            f"num_frames={num_frames} is more than the shortest clip of {folder} has ({shortest}):"
-            f" lower num_frames, or prepare again with min_frames={num_frames}"
-        )
+    check_clips(folder, num_frames)
     source = records.read(folder, "clips")
 
     @functools.lru_cache(maxsize=max(1, _CACHE_BYTES // (num_frames * height * width * 3)))
@@ -48,29 +63,19 @@ def vae_batches(
     return _batches(len(source), load, batch_size=batch_size, seed=seed, start_step=start_step)
 
 
-def diffusion_batches(
-    folder: Path, *, batch_size: int, max_text_tokens: int, seed: int, start_step: int
-) -> Iterator[Batch]:
+def diffusion_batches(folder: Path, *, batch_size: int, seed: int, start_step: int) -> Iterator[Batch]:
     """Batches of latent records from step `start_step` on, without end; each epoch is a new shuffle.
 
-    {"mean", "logvar": float32 (b, t, h, w, c), "context": float32 (b, max_text_tokens, d), "index": int32 (b,)}, where
-    index is the record's place in the folder. The records must have been encoded with the same `max_text_tokens` (T5
-    embeds the padding too, so that cutting or filling afterwards would change the text): InputError otherwise.
+    {"mean", "logvar": float32 (b, t, h, w, c), "context": float32 (b, l, d), "index": int32 (b,)}, where index is the
+    record's place in the folder. T5 embeds the padding too, so the text is taken as encoded: see `check_text`.
     """
     source = records.read(folder, "latents")
 
     def load(index: int, rng: np.random.Generator) -> Batch:
         del rng
         record = source[index]
-        tokens = len(record["context"])
-        if tokens != max_text_tokens:
-            raise InputError(
-                f"{folder} was encoded with {tokens} text tokens, max_text_tokens is {max_text_tokens}:"
-                f' set max_text_tokens={tokens}, or run the task "encode" again'
-            )
         return {key: record[key] for key in ("mean", "logvar", "context")} | {"index": np.array(index, np.int32)}
 
-    load(0, np.random.default_rng())  # a wrong length shows before training
     return _batches(len(source), load, batch_size=batch_size, seed=seed, start_step=start_step)
 
 

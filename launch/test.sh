@@ -13,4 +13,5 @@ fi
 .venv/bin/ruff check --quiet .
 .venv/bin/ruff format --check --quiet .
 .venv/bin/python -m pyright --level error
-.venv/bin/python -m pytest "${markers[@]}" "$@"
+# a file stays in one process: its fixtures hold what took long to make
+.venv/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile "${markers[@]}" "$@"

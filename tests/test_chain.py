@@ -142,6 +142,15 @@ def test_resume_with_other_records_is_refused(run, tmp_path):
     assert "the training data changed since this checkpoint" in output
 
 
+def test_models_that_do_not_fit_the_encoded_text_are_refused_before_anything_is_written(run, tmp_path):
+    workdir = tmp_path / "diffusion"
+    process = start("t2v_256", workdir, *diffusion_options(run), "--config.model.max_text_tokens=24")
+    output, _ = process.communicate()
+    assert process.returncode == 2, output
+    assert "16 text tokens of width 64" in output
+    assert not workdir.exists()
+
+
 @pytest.mark.fault
 def test_kill_during_training_loses_at_most_the_steps_since_a_checkpoint(run, tmp_path):
     workdir = tmp_path / "diffusion"

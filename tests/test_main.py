@@ -50,6 +50,23 @@ def test_wrong_input_is_one_line(options, words, tmp_path):
     assert not workdir.exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "words"), [("notes.md", b"no video", "no video"), ("broken.mp4", b"x", "broken.mp4")]
+)
+def test_a_folder_without_readable_videos(name, content, words, tmp_path):
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    (videos / name).write_bytes(content)
+    workdir = tmp_path / "run"
+    done = command("--config=configs/prepare.py:tiny", f"--config.input={videos}", f"--workdir={workdir}")
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("error: ")
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert str(videos) in done.stderr
+    assert words in done.stderr
+    assert not workdir.exists()
+
+
 def test_a_workdir_belongs_to_its_config(tmp_path):
     workdir = tmp_path / "run"
     workdir.mkdir()

@@ -14,13 +14,13 @@ from cogvideox_jax.models import t5, vae
 from cogvideox_jax.parallel import mesh as meshes
 from cogvideox_jax.train import checkpoint, metrics
 from cogvideox_jax.train.workdir import read_config, write_json
-from data import records, transforms
+from data import pipeline, records, transforms
 
 
 def check(config: ConfigDict, workdir: Path) -> None:
     """Refuse sizes that do not work and inputs that are not there."""
     video.latent_shape(config.num_frames, config.height, config.width)
-    records.read(Path(config.records), "clips")
+    pipeline.check_clips(Path(config.records), config.num_frames)
     read_config(Path(config.vae), made_by="the train_vae task")
     transforms.Tokenizer(config.vocabulary, config.max_text_tokens)
     meshes.start(config.mesh.simulated_devices)

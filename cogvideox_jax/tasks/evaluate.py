@@ -12,12 +12,12 @@ from cogvideox_jax.steps.vae import reconstruct
 from cogvideox_jax.tasks import generate
 from cogvideox_jax.train import checkpoint, metrics
 from cogvideox_jax.train.workdir import read_config, write_json
-from data import records, transforms
+from data import pipeline, records, transforms
 
 
 def check(config: ConfigDict, workdir: Path) -> None:
     """As for generation, and the clips must be there."""
-    records.read(Path(config.records), "clips")
+    pipeline.check_clips(Path(config.records), config.num_frames)
     generate.check(config, workdir)
 
 

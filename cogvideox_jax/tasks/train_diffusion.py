@@ -31,6 +31,7 @@ def check(config: ConfigDict, workdir: Path) -> None:
             f"latents of {t}x{h}x{w} in {config.encoded} do not divide into patches of "
             f"{model.patch_size_t}x{model.patch_size}x{model.patch_size}: encode another size or change config.model"
         )
+    pipeline.check_text(Path(config.encoded) / "records", model.max_text_tokens, model.text_dim)
     meshes.start(config.mesh.simulated_devices)
     mesh = meshes.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.sequence)
     tokens = transformer.num_tokens(model, (t, h, w))
@@ -59,7 +60,6 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         batches = pipeline.diffusion_batches(
             folder,
             batch_size=config.batch_size,
-            max_text_tokens=model.max_text_tokens,
             seed=config.seed,
             start_step=first,
         )

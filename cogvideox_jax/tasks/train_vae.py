@@ -14,13 +14,13 @@ from cogvideox_jax.parallel import mesh as meshes
 from cogvideox_jax.parallel.sharding import place
 from cogvideox_jax.steps import vae as steps
 from cogvideox_jax.train import checkpoint, metrics, optimizer, state
-from data import pipeline, records
+from data import pipeline
 
 
 def check(config: ConfigDict, workdir: Path) -> None:
     """Refuse sizes, records and meshes that cannot work."""
     video.latent_shape(config.num_frames, config.height, config.width, patch_size=1)
-    records.read(Path(config.records), "clips")
+    pipeline.check_clips(Path(config.records), config.num_frames)
     meshes.start(config.mesh.simulated_devices)
     mesh = meshes.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.sequence)
     meshes.check_divisible(mesh, batch_size=config.batch_size)

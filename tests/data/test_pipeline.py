@@ -95,7 +95,7 @@ def test_impossible_frame_counts_are_refused_at_once(clips):
 
 
 def test_diffusion_batches_keep_each_record_together(latents):
-    kwargs = {"batch_size": 4, "max_text_tokens": 7, "seed": 0}
+    kwargs = {"batch_size": 4, "seed": 0}
     batches = take(pipeline.diffusion_batches(latents, **kwargs, start_step=0), 10)
     source = records.read(latents, "latents")
     for batch in batches:
@@ -114,16 +114,19 @@ def test_diffusion_batches_keep_each_record_together(latents):
         np.testing.assert_array_equal(a["index"], b["index"])
 
 
-def test_text_of_another_length_is_refused_at_once(latents):
-    with pytest.raises(InputError, match="encoded with 7 text tokens, max_text_tokens is 8"):
-        pipeline.diffusion_batches(latents, batch_size=2, max_text_tokens=8, seed=0, start_step=0)
+def test_text_of_another_size_is_refused(latents):
+    pipeline.check_text(latents, 7, 8)
+    with pytest.raises(InputError, match=r"7 text tokens of width 8.* max_text_tokens=8 of text_dim=8"):
+        pipeline.check_text(latents, 8, 8)
+    with pytest.raises(InputError, match="text_dim=16"):
+        pipeline.check_text(latents, 7, 16)
 
 
 def test_a_chain_refuses_records_of_the_other_kind(clips, latents):
     with pytest.raises(InputError, match="holds 'latents' records"):
         pipeline.vae_batches(latents, **VAE, start_step=0)
     with pytest.raises(InputError, match="holds 'clips' records"):
-        pipeline.diffusion_batches(clips, batch_size=2, max_text_tokens=7, seed=0, start_step=0)
+        pipeline.diffusion_batches(clips, batch_size=2, seed=0, start_step=0)
 
 
 def test_fingerprint(clips, latents):
