@@ -297,6 +297,7 @@ def test_a_full_disk_is_foreseen(pipeline, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # writes and reads ten gigabytes: minutes on a busy machine
 def test_a_2b_model_passes_through_five_gigabytes_both_ways(tmp_path):
     source = samples.write_pipeline(tmp_path / "source", "2b")
     shutil.rmtree(source / "transformer")
