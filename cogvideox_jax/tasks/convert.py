@@ -7,15 +7,15 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 
 from cogvideox_jax.core.errors import InputError
 from cogvideox_jax.models.convert import folder as folders
 from cogvideox_jax.models.convert import t5x, table, trees
 from cogvideox_jax.models.convert.table import FLOATS
+from cogvideox_jax.models.transformer import Transformer
 from cogvideox_jax.train import checkpoint, metrics
-from cogvideox_jax.train.workdir import read_config, read_json, write_json
+from cogvideox_jax.train.workdir import read_config, read_json, tuples, write_json
 
 MODEL = "model.json"
 STAGES = ("vae", "encode", "diffusion")
@@ -129,7 +129,7 @@ def _import_t5x(source: Path, dtype: np.dtype | None) -> Import:
 
 
 def _export_imported(source: Path) -> Export:
-    pieces = _tuples(read_json(source / MODEL, made_by="the convert task"))
+    pieces = tuples(read_json(source / MODEL, made_by="the convert task"))
     missing = [name for name in ("pipeline", "scheduler", *folders.NETWORKS) if name not in pieces]
     if missing:
         raise InputError(f"{source / MODEL} lacks {', '.join(missing)}: only a whole pipeline's import can be exported")
@@ -144,7 +144,8 @@ def _export_run(source: Path, config: ConfigDict) -> Export:
     diffusion = read_config(source / "diffusion", made_by="the train_diffusion task")
     stats = read_json(source / "encode" / "stats.json", made_by="the encode task")
     size = {"sample_height": encode["height"], "sample_width": encode["width"]}
-    image = diffusion["model"].get("in_channels", 16) != diffusion["model"].get("out_channels", 16)
+    model = Transformer(**diffusion["model"])
+    image = model.in_channels != model.out_channels
     pieces = {
         "pipeline": "CogVideoXImageToVideoPipeline" if image else "CogVideoXPipeline",
         "scheduler": {
@@ -165,8 +166,8 @@ def _export_run(source: Path, config: ConfigDict) -> Export:
         "text_encoder": {"model": encode["text_encoder"]["model"]},
     }
     networks = {
-        "transformer": _newest(source / "diffusion", config.weights),
-        "vae": _newest(source / "vae", config.weights),
+        "transformer": checkpoint.newest_item(source / "diffusion", config.weights),
+        "vae": checkpoint.newest_item(source / "vae", config.weights),
         "text_encoder": source / "encode" / "text_encoder",
     }
     vocabulary = Path(encode["vocabulary"])
@@ -175,19 +176,6 @@ def _export_run(source: Path, config: ConfigDict) -> Export:
             f"{source / 'encode'} was made with the vocabulary {vocabulary}, which is not there: put it back"
         )
     return Export(pieces, networks, vocabulary, encode["max_text_tokens"])
-
-
-def _newest(workdir: Path, item: str) -> Path:
-    steps = ocp.utils.checkpoint_steps((workdir / checkpoint.FOLDER).resolve()) if workdir.is_dir() else []
-    if not steps:
-        raise InputError(f"{workdir} holds no checkpoint: run the training task with --workdir={workdir} first")
-    return workdir / checkpoint.FOLDER / str(max(steps)) / item
-
-
-def _tuples(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _tuples(item) for name, item in value.items()}
-    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
 
 
 class _Counter:

@@ -76,13 +76,18 @@ def _same_data(stored: dict[str, Any], given: dict[str, Any], where: Any) -> Non
             )
 
 
-def restore_item(workdir: Path, item: str, mesh: Mesh) -> Any:
-    """One item ("params" or "ema") of a run's newest checkpoint, placed by the rule. Raises InputError if there is none."""
+def newest_item(workdir: Path, item: str) -> Path:
+    """Folder of one item ("params", "ema", "opt_state") of a run's newest checkpoint. Raises InputError if there is none."""
     folder = (Path(workdir) / FOLDER).resolve()
     steps = ocp.utils.checkpoint_steps(folder) if folder.is_dir() else []
     if not steps:
         raise InputError(f"{workdir} holds no checkpoint: run the training task with --workdir={workdir} first")
-    return restore_tree(folder / str(max(steps)) / item, mesh)
+    return folder / str(max(steps)) / item
+
+
+def restore_item(workdir: Path, item: str, mesh: Mesh) -> Any:
+    """One item of a run's newest checkpoint, placed by the rule. Raises InputError if there is none."""
+    return restore_tree(newest_item(workdir, item), mesh)
 
 
 def restore_tree(folder: Path, mesh: Mesh) -> Any:

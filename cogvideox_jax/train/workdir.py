@@ -28,14 +28,15 @@ def read_json(path: Path, *, made_by: str) -> Any:
         raise InputError(f"{path} is not JSON ({error}): delete it and run {made_by} again") from None
 
 
+def tuples(value: Any) -> Any:
+    """JSON's lists as the tuples that they were, at any depth: the networks' fields must be hashable."""
+    if isinstance(value, dict):
+        return {name: tuples(item) for name, item in value.items()}
+    return tuple(tuples(item) for item in value) if isinstance(value, list) else value
+
+
 def read_config(workdir: Path, *, made_by: str) -> dict[str, Any]:
     """The config that a finished or running stage was given; lists come back as the tuples that they were."""
-
-    def tuples(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {name: tuples(item) for name, item in value.items()}
-        return tuple(tuples(item) for item in value) if isinstance(value, list) else value
-
     return tuples(read_json(Path(workdir) / "config.json", made_by=made_by))
 
 

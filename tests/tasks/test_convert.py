@@ -22,6 +22,7 @@ from cogvideox_jax.models.convert.files import open_tensors, write_tensors
 from cogvideox_jax.parallel import mesh as meshes
 from cogvideox_jax.tasks import convert
 from cogvideox_jax.train import checkpoint
+from cogvideox_jax.train.workdir import tuples
 from configs.convert import get_config
 from tests.models import folders as samples
 from tests.models.test_convert_files import Bomb
@@ -67,7 +68,7 @@ def test_import(pipeline, imported):
     # as any other task reads it
     mesh = meshes.make_mesh()
     for kind, network in folders.NETWORKS.items():
-        fields = convert._tuples(pieces[kind]["model"])
+        fields = tuples(pieces[kind]["model"])
         params = checkpoint.restore_tree(imported / kind, mesh)
         assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype(ml_dtypes.bfloat16)}
         expected = table.to_params(network.entries(fields), open_tensors(pipeline / kind), network.shapes(fields))
