@@ -10,6 +10,7 @@ import json
 import resource
 import sys
 import time
+from collections.abc import Callable
 from logging import WARNING, Formatter
 from pathlib import Path
 
@@ -59,6 +60,13 @@ def peak_memory_mb() -> int:
     return max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) // 1024
 
 
+def _processes() -> tuple[bool, Callable[[str], None]]:
+    """Whether this process is the first of those that work as one, and how to wait for all; a task's check has joined them."""
+    from cogvideox_jax.parallel import mesh  # here: a wrong flag should not wait for jax
+
+    return mesh.is_first(), mesh.wait_for_all
+
+
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         _fail(f"unexpected argument {argv[1]!r}: options look like --config.key=value")
@@ -83,12 +91,16 @@ def main(argv: list[str]) -> None:
         task = importlib.import_module(f"cogvideox_jax.tasks.{config.task}")
         # checked before the workdir is touched, so that a refusal leaves nothing behind
         task.check(config, workdir)
-        lock = claim(workdir, stored)
+        first, wait = _processes()
+        lock = claim(workdir, stored) if first else None
+        wait("claimed")
         started = time.monotonic()
         results = task.run(config, workdir)
         seconds = round(time.monotonic() - started, 1)
-        write_json(done, {"seconds": seconds, "peak_memory_mb": peak_memory_mb(), "results": results})
-        lock.close()
+        if lock:
+            write_json(done, {"seconds": seconds, "peak_memory_mb": peak_memory_mb(), "results": results})
+            lock.close()
+        wait("done")
         logging.info("%s: done in %s s", name, seconds)
     except InputError as error:
         _fail(str(error))

@@ -9,8 +9,10 @@ The direction follows from what `source` is:
     a t5x checkpoint (checkpoint_N)          import of the text encoder
     a run (its vae, encode and diffusion)    export: diffusers/, which diffusers' pipelines load
     a workdir that this task has filled      export, the same
-Only .safetensors are read, never pickles. One tensor is in memory at a time: no accelerator is needed, and as long as the disk
-takes. A run that was interrupted goes on with the first network that is not there yet.
+Only .safetensors are read, never pickles: SAT's .pt files first go through launch/convert_sat.py. A tokenizer that is a
+tokenizer.json alone, as transformers 5 saves it, gets the spiece.model that this system reads. One tensor is in memory at a
+time: no accelerator is needed, and as long as the disk takes. A run that was interrupted, or that filled the disk, goes on
+with the first network that is not there yet.
 """
 
 import ml_collections

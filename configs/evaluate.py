@@ -1,7 +1,7 @@
 """How well a run learned: reconstruction PSNR, and whether each caption generates its own clip.
 
-    python -m cogvideox_jax.main --config=configs/evaluate.py --config.records=RUN/prepare/records --config.vae=RUN/vae \\
-        --config.encoded=RUN/encode --config.diffusion=RUN/diffusion --workdir=RUN/evaluate
+    python -m cogvideox_jax.main --config=configs/evaluate.py --config.records=RUN/prepare/records --config.pipeline=RUN \\
+        --workdir=RUN/evaluate
 
 What comes out, in the workdir: evaluation.json and three videos per clip (original, reconstruction, generated).
 """

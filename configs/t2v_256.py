@@ -12,6 +12,8 @@ import ml_collections
 from configs import models
 from configs.common import parse_arg
 
+SIZE = {"num_frames": 49, "height": 256, "width": 384}  # that configs/encode.py has to be given, and that a plan is for
+
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
     args = parse_arg(arg, tiny=False, variant="2b")
@@ -21,9 +23,18 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.encoded = ""  # workdir of encode
     config.model = models.TRANSFORMERS[variant]
     config.snr_shift_scale = models.SNR_SHIFT[variant]
+    config.compute_dtype = "float32" if args.tiny else "bfloat16"  # parameters, moments and the loss are float32
+    # what the backward pass computes again: "nothing"; "everything"; "attention", which is everything but the attention
+    # itself; "offload" is "attention" with what is kept moved to the host's memory
+    config.remat = "nothing" if args.tiny else "attention"
+    # positions of tokens: "integer" counts, and so extrapolates at larger sizes; "linspace" fits them into position_base
+    # (rows, columns of tokens), as diffusers does with the models of generation 1.0. Without effect on sin-cos models.
+    config.position_rule = "integer"
+    config.position_base = (30, 45)
     config.timestep_sampling = "explicit_uniform"  # or "uniform"
     config.text_dropout = 0.1
     config.batch_size = 16 if args.tiny else 2000  # samples, over all devices
+    config.accumulate = 1  # parts of a batch that go through the network one after the other
     config.num_steps = 800 if args.tiny else 400_000
     config.ema_decay = 0.99 if args.tiny else 0.9999
     config.optimizer = {
@@ -35,6 +46,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         "b2": 0.95,
         "eps": 1e-8,
         "clip_norm": 1.0,
+        "moment_dtype": "float32",  # of AdamW's moments in memory; bfloat16 saves a quarter of the state
     }
     config.seed = 0
     # sizes of the mesh axes; data=-1 takes the devices that are left; simulated_devices > 0 splits a CPU

@@ -19,6 +19,8 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.task = "train_vae"
     config.records = ""  # folder of clip records, written by prepare
     config.model = models.VAES["tiny" if args.tiny else "cogvideox"]
+    config.compute_dtype = "float32" if args.tiny else "bfloat16"  # parameters, moments, norms' statistics, loss: float32
+    config.remat = not args.tiny  # the backward pass computes each residual block again
     config.num_frames = 9 if args.tiny else 17  # 4k+1
     config.height = 64 if args.tiny else 256
     config.width = 64 if args.tiny else 256
@@ -35,6 +37,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         "b2": 0.99,
         "eps": 1e-8,
         "clip_norm": 1.0,
+        "moment_dtype": "float32",  # of AdamW's moments in memory; bfloat16 saves a quarter of the state
     }
     config.seed = 0
     # sizes of the mesh axes; data=-1 takes the devices that are left; simulated_devices > 0 splits a CPU

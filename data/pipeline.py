@@ -1,8 +1,9 @@
 """The Grain chains: record folder -> batches. The batch of a step is a pure function of (records, seed, step)."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import grain
 import numpy as np
@@ -41,12 +42,21 @@ def check_text(folder: Path, max_text_tokens: int, text_dim: int) -> None:
 
 
 def vae_batches(
-    folder: Path, *, num_frames: int, height: int, width: int, batch_size: int, seed: int, start_step: int
+    folder: Path,
+    *,
+    num_frames: int,
+    height: int,
+    width: int,
+    batch_size: int,
+    seed: int,
+    start_step: int,
+    rows: Sequence[int] | np.ndarray | None = None,
 ) -> Iterator[Batch]:
     """Batches {"video": float32 (b, num_frames, height, width, 3) in [-1, 1]} from step `start_step` on, without end.
 
     Each epoch is a new shuffle. A clip longer than `num_frames` gives a random window; the picture is scaled to cover
-    height x width and cut to its centre. InputError when num_frames is not 4k+1 or exceeds the shortest clip.
+    height x width and cut to its centre. `rows` of each batch are loaded, all by default. InputError when num_frames is
+    not 4k+1 or exceeds the shortest clip.
     """
     check_clips(folder, num_frames)
     source = records.read(folder, "clips")
@@ -60,14 +70,17 @@ def vae_batches(
         start = int(rng.integers(clip["num_frames"] - num_frames + 1))
         return {"video": transforms.normalize(window(clip["video"], start))}
 
-    return _batches(len(source), load, batch_size=batch_size, seed=seed, start_step=start_step)
+    return _batches(len(source), load, batch_size=batch_size, seed=seed, start_step=start_step, rows=rows)
 
 
-def diffusion_batches(folder: Path, *, batch_size: int, seed: int, start_step: int) -> Iterator[Batch]:
+def diffusion_batches(
+    folder: Path, *, batch_size: int, seed: int, start_step: int, rows: Sequence[int] | np.ndarray | None = None
+) -> Iterator[Batch]:
     """Batches of latent records from step `start_step` on, without end; each epoch is a new shuffle.
 
     {"mean", "logvar": float32 (b, t, h, w, c), "context": float32 (b, l, d), "index": int32 (b,)}, where index is the
-    record's place in the folder. T5 embeds the padding too, so the text is taken as encoded: see `check_text`.
+    record's place in the folder. T5 embeds the padding too, so the text is taken as encoded: see
+    `check_text`. `rows` of each batch are loaded, all by default.
     """
     source = records.read(folder, "latents")
 
@@ -76,7 +89,22 @@ def diffusion_batches(folder: Path, *, batch_size: int, seed: int, start_step: i
         record = source[index]
         return {key: record[key] for key in ("mean", "logvar", "context")} | {"index": np.array(index, np.int32)}
 
-    return _batches(len(source), load, batch_size=batch_size, seed=seed, start_step=start_step)
+    return _batches(len(source), load, batch_size=batch_size, seed=seed, start_step=start_step, rows=rows)
+
+
+class _Rows(grain.MapDataset):
+    """Of every `batch_size` elements of an endless data set, those at `rows`: what one process of several loads."""
+
+    def __init__(self, parent: grain.MapDataset, batch_size: int, rows: np.ndarray):
+        super().__init__(parent)
+        self._batch_size, self._rows = batch_size, rows
+
+    def __len__(self) -> int:
+        return len(self._parent) // self._batch_size * len(self._rows)
+
+    def __getitem__(self, index: int) -> Any:
+        batch, row = divmod(index, len(self._rows))
+        return self._parent[batch * self._batch_size + int(self._rows[row])]
 
 
 def _batches(
@@ -86,16 +114,18 @@ def _batches(
     batch_size: int,
     seed: int,
     start_step: int,
+    rows: Sequence[int] | np.ndarray | None,
 ) -> Iterator[Batch]:
+    rows = np.arange(batch_size) if rows is None else np.asarray(rows)
     chain = (
         grain.MapDataset.range(num_records)
         .seed(seed)
         .shuffle()
         .repeat()  # before batch: a data set smaller than a batch fills it, and no epoch drops its tail
         .random_map(load)
-        .batch(batch_size, drop_remainder=True)
     )
-    batches = iter(chain.to_iter_dataset(_READ))
+    mine = _Rows(chain, batch_size, rows).batch(len(rows), drop_remainder=True)
+    batches = iter(mine.to_iter_dataset(_READ))
     batches.set_state({"next_index": start_step})
     return batches
 

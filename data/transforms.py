@@ -14,7 +14,7 @@ from absl import logging
 from av.container import InputContainer
 from av.error import FFmpegError
 from av.video.reformatter import VideoReformatter
-from PIL import Image
+from PIL import Image, ImageOps
 
 from cogvideox_jax.core.errors import InputError
 from cogvideox_jax.core.video import latent_frames
@@ -166,6 +166,21 @@ def resize_crop(pictures: np.ndarray, height: int, width: int) -> np.ndarray:
     )
 
 
+def read_image(path: Path) -> np.ndarray:
+    """A picture file as uint8 RGB (h, w, 3), turned as its camera held it. One that cannot be read is an InputError."""
+    try:
+        with Image.open(path, formats=("PNG", "JPEG", "WEBP", "BMP")) as picture:
+            if picture.width * picture.height > _MAX_PIXELS:
+                size = f"{picture.width}x{picture.height}"
+                raise InputError(f"{path} declares {size} pixels, more than {_MAX_PIXELS}: scale it down first")
+            return np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        if isinstance(error, InputError):
+            raise
+        reason = " ".join(str(error).split())
+        raise InputError(f"{path} cannot be read as a picture ({reason}): give a PNG, JPEG, WebP or BMP file") from None
+
+
 def normalize(pictures: np.ndarray) -> np.ndarray:
     """uint8 [0, 255] -> float32 [-1, 1]."""
     return pictures.astype(np.float32) / np.float32(127.5) - np.float32(1)
@@ -181,13 +196,14 @@ class Tokenizer:
 
     pad_id, eos_id = 0, 1
 
-    def __init__(self, model_file: str | Path, max_tokens: int):
-        """Opens `model_file`; a missing or unreadable one is an InputError."""
+    def __init__(self, model: str | Path | bytes, max_tokens: int):
+        """Opens a model's file, or takes its bytes; a missing or unreadable one is an InputError."""
         try:
-            self._pieces = sentencepiece.SentencePieceProcessor(model_proto=Path(model_file).read_bytes())
+            content = model if isinstance(model, bytes) else Path(model).read_bytes()
+            self._pieces = sentencepiece.SentencePieceProcessor(model_proto=content)
         except (OSError, RuntimeError) as error:
-            reason = " ".join(str(error).split())
-            raise InputError(f"{model_file} is not a readable sentencepiece model ({reason}): give T5's") from error
+            name, reason = "this" if isinstance(model, bytes) else model, " ".join(str(error).split())
+            raise InputError(f"{name} is not a readable sentencepiece model ({reason}): give T5's") from error
         self.max_tokens = max_tokens
         self.vocab_size = self._pieces.vocab_size()
 

@@ -5,6 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 compile=(uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --custom-compile-command "bash launch/lock.sh")
 "${compile[@]}" requirements.in --output-file requirements.txt
-for extra in data dev parity; do
-  "${compile[@]}" pyproject.toml --extra "$extra" --constraint requirements.txt --output-file "launch/locks/$extra.txt"
+# peft and accelerate ask for torch: pip takes the one that launch/test.sh has installed before
+for extra in data dev parity tpu; do
+  "${compile[@]}" pyproject.toml --extra "$extra" --excludes <(echo torch) --constraint requirements.txt --output-file "launch/locks/$extra.txt"
 done

@@ -15,19 +15,20 @@ stage() { # stage WORKDIR CONFIG [OPTION...]
   .venv/bin/python -m cogvideox_jax.main --config="configs/$config.py:tiny" --workdir="$workdir" "$@"
 }
 
-models=(--config.vae="$run/vae" --config.encoded="$run/encode" --config.diffusion="$run/diffusion")
 stage "$run/prepare" prepare --config.input="$videos"
 stage "$run/vae" vae_256 --config.records="$run/prepare/records"
 stage "$run/encode" encode --config.records="$run/prepare/records" --config.vae="$run/vae"
 stage "$run/diffusion" t2v_256 --config.encoded="$run/encode"
-stage "$run/generate" generate "${models[@]}"
-stage "$run/evaluate" evaluate --config.records="$run/prepare/records" "${models[@]}"
+stage "$run/generate" generate --config.pipeline="$run"
+stage "$run/evaluate" evaluate --config.records="$run/prepare/records" --config.pipeline="$run"
 stage "$run" report
+stage "$run/export" convert --config.source="$run"
 
 cat <<TXT
 
 report       $run/report.html
 videos       $run/generate/*.mp4 (all at once: $run/generate/contact_sheet.png)
 checkpoints  $run/vae/checkpoints, $run/diffusion/checkpoints
+diffusers    $run/export/diffusers (DiffusionPipeline.from_pretrained loads it)
 summary      $run/summary.json
 TXT

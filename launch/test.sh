@@ -10,7 +10,7 @@ if [ "${1:-}" = all ]; then
   markers=()
   shift
   .venv/bin/python -c 'import torch' 2>/dev/null || .venv/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
-  install launch/locks/parity.txt
+  install launch/locks/parity.txt launch/locks/tpu.txt
 fi
 .venv/bin/ruff check --quiet .
 .venv/bin/ruff format --check --quiet .

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -32,14 +33,6 @@ def stage(config: str, workdir: Path, *options: str) -> str:
     return output
 
 
-def models(run: Path) -> list[str]:
-    return [
-        f"--config.vae={run / 'vae'}",
-        f"--config.encoded={run / 'encode'}",
-        f"--config.diffusion={run / 'diffusion'}",
-    ]
-
-
 def diffusion_options(run: Path) -> list[str]:
     return [f"--config.encoded={run / 'encode'}", *DIFFUSION]
 
@@ -58,9 +51,10 @@ def run(tmp_path_factory) -> Path:
     stage("vae_256", run / "vae", records, *VAE, "--config.log_steps=1")
     stage("encode", run / "encode", records, f"--config.vae={run / 'vae'}", *SIZE, "--config.max_text_tokens=16")
     stage("t2v_256", run / "diffusion", *diffusion_options(run))
-    stage("generate", run / "generate", *models(run), *SAMPLE)
-    stage("evaluate", run / "evaluate", records, *models(run), *SAMPLE)
+    stage("generate", run / "generate", f"--config.pipeline={run}", *SAMPLE)
+    stage("evaluate", run / "evaluate", records, f"--config.pipeline={run}", *SAMPLE)
     stage("report", run)
+    stage("convert", run / "export", f"--config.source={run}")
     return run
 
 
@@ -149,6 +143,47 @@ def test_models_that_do_not_fit_the_encoded_text_are_refused_before_anything_is_
     assert process.returncode == 2, output
     assert "16 text tokens of width 64" in output
     assert not workdir.exists()
+
+
+def processes(count: int, config: str, workdir: Path, *options: str) -> list[str]:
+    """One training run of several processes over loopback; their outputs."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    command = [sys.executable, "-m", "cogvideox_jax.main", f"--config=configs/{config}.py:tiny", f"--workdir={workdir}"]
+    started = []
+    for index in range(count):
+        own = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count), "JAX_PROCESS_ID": str(index)}
+        started.append(
+            subprocess.Popen(
+                [*command, *options],
+                cwd=ROOT,
+                env=os.environ | own,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+    outputs = [process.communicate()[0] for process in started]
+    assert [process.returncode for process in started] == [0] * count, "\n".join(outputs)
+    return outputs
+
+
+# each process holds half of data, or half of fsdp
+@pytest.mark.parametrize("shape", [(2, 2, 2), pytest.param((1, 2, 4), marks=pytest.mark.slow)], ids=str)
+def test_two_processes_train_as_one(run, tmp_path, shape):
+    mesh = [f"--config.mesh.{name}={n}" for name, n in zip(("data", "fsdp", "sequence"), shape, strict=True)]
+    workdir = tmp_path / "diffusion"
+    outputs = processes(2, "t2v_256", workdir, *diffusion_options(run), *mesh, "--config.mesh.simulated_devices=4")
+    losses = [row["loss"] for row in rows(run / "diffusion")]
+    assert len(losses) == 4
+    np.testing.assert_allclose([row["loss"] for row in rows(workdir)], losses, rtol=1e-5)
+    assert "done in" in outputs[0]
+    # a single process goes on from their checkpoint
+    shutil.rmtree(workdir / "checkpoints" / "4")
+    (workdir / "done.json").unlink()
+    assert "4/4" in stage("t2v_256", workdir, *diffusion_options(run))
+    np.testing.assert_allclose([row["loss"] for row in rows(workdir)], losses, rtol=1e-5)
 
 
 @pytest.mark.fault

@@ -34,7 +34,10 @@ def command(*options: str) -> subprocess.CompletedProcess:
         (["--config=configs/encode.py:tiny", "--config.num_frames=8"], ["num_frames=8 is not 4k+1", "5 or 9"]),
         (["--config=configs/encode.py:tiny", "--config.width=72"], ["width=72", "64 or 80"]),
         (["--config=configs/t2v_256.py:tiny", "--config.encoded=no/encode"], ["no/encode", "encode"]),
-        (["--config=configs/generate.py:tiny", "--config.diffusion=no/run"], ["no/run", "train_diffusion"]),
+        (["--config=configs/t2v_256.py:tiny", "--config.position_rule=linear"], ["position_rule", "integer, linspace"]),
+        (["--config=configs/t2v_256.py:tiny", "--config.compute_dtype=float16"], ["compute_dtype", "bfloat16"]),
+        (["--config=configs/generate.py:tiny", "--config.pipeline=no/run"], ["no/run", "model_index.json"]),
+        (["--config=configs/generate.py:tiny"], ["config.pipeline is empty"]),
         (["--config=configs/report.py:tiny"], ["prepare", "done.json"]),
     ],
 )

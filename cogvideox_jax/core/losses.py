@@ -21,7 +21,16 @@ def mse_per_sample(prediction: Float[Array, "b ..."], target: Float[Array, "b ..
     return jnp.mean(error**2, axis=tuple(range(1, error.ndim)))
 
 
+def clipped_mse(video: Float[Array, "b ..."], reconstruction: Float[Array, "b ..."]) -> Float[Array, "b"]:
+    """Mean squared error of each sample, its reconstruction clipped to [-1, 1]."""
+    return mse_per_sample(jnp.clip(reconstruction.astype(jnp.float32), -1, 1), video)
+
+
+def psnr_of(mse: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Peak signal to noise ratio in dB of values in [-1, 1] (peak to peak 2), at most 106."""
+    return 10 * jnp.log10(4 / jnp.maximum(mse, 1e-10))
+
+
 def psnr(video: Float[Array, "b ..."], reconstruction: Float[Array, "b ..."]) -> Float[Array, "b"]:
-    """Peak signal to noise ratio in dB of each sample, for values in [-1, 1] (peak to peak 2), clipped first."""
-    reconstruction = jnp.clip(reconstruction.astype(jnp.float32), -1, 1)
-    return 10 * jnp.log10(4 / jnp.maximum(mse_per_sample(reconstruction, video), 1e-10))
+    """Peak signal to noise ratio in dB of each sample, clipped first."""
+    return psnr_of(clipped_mse(video, reconstruction))

@@ -1,5 +1,7 @@
 """Frame algebra, patches and tiles."""
 
+import bisect
+import math
 from collections.abc import Callable
 
 import jax.numpy as jnp
@@ -21,6 +23,25 @@ def latent_frames(num_frames: int) -> int:
             f"num_frames={num_frames} is not 4k+1, which the causal VAE needs: use {low} or {low + TIME_FACTOR}"
         )
     return (num_frames - 1) // TIME_FACTOR + 1
+
+
+def check_sequence(num_frames: int, sequence: int) -> None:
+    """Refuse clips whose frames do not divide over a `sequence` axis of this size (InputError).
+
+    Each device takes the same number of latent frames, the first one apart (spec 3.10).
+    """
+    latents = latent_frames(num_frames) - 1
+    if latents % sequence == 0:
+        return
+    step = math.lcm(sequence, 2) * TIME_FACTOR  # even, for latent_shape wants odd counts of latent frames
+    low = (num_frames - 1) // step * step + 1
+    frames = [str(n) for n in (low, low + step) if n > 1]
+    sizes = [n for n in range(1, latents + 1) if latents % n == 0]
+    near = [str(n) for n in (max(n for n in sizes if n < sequence), *sizes[bisect.bisect(sizes, sequence) :][:1])]
+    raise InputError(
+        f"num_frames={num_frames} does not divide over sequence={sequence}: the {num_frames - 1} frames after the first must "
+        f"be a multiple of {TIME_FACTOR * sequence}: use num_frames={' or '.join(frames)}, or sequence={' or '.join(near)}"
+    )
 
 
 def pixel_frames(num_latent_frames: int) -> int:

@@ -8,6 +8,10 @@ from flax import linen as nn
 from jax import lax
 from jaxtyping import Array, Float
 
+from cogvideox_jax.parallel import halo
+from cogvideox_jax.parallel.halo import Frames, Split
+from cogvideox_jax.parallel.sharding import platform
+
 # torch's default for convolutions and linear layers: uniform in +-1/sqrt(fan_in)
 torch_uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
@@ -19,12 +23,12 @@ def _conv2d(x: Array, kernel: Array, strides: int = 1, padding: Any = "SAME") ->
 def conv3d(x: Float[Array, "b t h w i"], kernel: Float[Array, "kt kh kw i o"]) -> Float[Array, "b t-kt+1 h w o"]:
     """3D convolution, valid in time and same in space. The one place that chooses its form.
 
-    XLA's own 3D convolution runs at a fifth of the speed of a sum of 2D ones on CPU while channels are few (16: 19 against
-    64 GFLOP/s with gradients, 32: 36 against 157; at 128 the order turns: 118 against 70), so there each tap in time becomes
-    a 2D convolution; with very few channels the taps lie side by side in one (8: 48 against 36). A TPU wants the whole.
+    On CPU a sum of 2D convolutions, one per tap in time, is two to four times as fast as XLA's own 3D one (128 channels,
+    60x90: 346 against 85 GFLOP/s, with gradients 197 against 35); with very few channels the taps lie side by side in one
+    (8: 48 against 36). A TPU wants the whole.
     """
     taps, frames = kernel.shape[0], x.shape[1] - kernel.shape[0] + 1
-    if jax.default_backend() == "cpu" and kernel.shape[3] < 128:
+    if platform() == "cpu":
         if kernel.shape[3] <= 8:
             stacked = jnp.concatenate([x[:, i : i + frames] for i in range(taps)], axis=-1)
             y = _conv2d(stacked.reshape(-1, *stacked.shape[2:]), jnp.concatenate(list(kernel), axis=2))
@@ -49,23 +53,31 @@ class CausalConv3d(nn.Module):
     bias_init: Any = nn.initializers.zeros
 
     @nn.compact
-    def __call__(
-        self, x: Float[Array, "b t h w c"], cache: Float[Array, "b 2 h w c"] | None = None
-    ) -> tuple[Float[Array, "b t h w features"], Float[Array, "b 2 h w c"]]:
-        """Convolve one chunk.
+    def __call__(self, x: Frames, cache: Float[Array, "b 2 h w c"] | None = None) -> tuple[Frames, Array]:
+        """Convolve one chunk (b, t, h, w, c).
 
         Args:
           x: frames of this chunk.
           cache: the two frames before it; None at the start of a clip, where the first frame is repeated.
 
-        Returns: the output, and the cache for the next chunk (its input's last two frames, padding included).
+        Returns: the output (b, t, h, w, features), and the cache for the next chunk (its input's last two frames, padding
+        included). Where the frames are split, each stretch is convolved as a chunk of its own after its neighbour's frames.
         """
-        kernel = self.param("kernel", torch_uniform, (3, 3, 3, x.shape[-1], self.features))
-        bias = self.param("bias", self.bias_init, (self.features,))
-        x = x.astype(self.dtype)
+        features_in = jax.tree.leaves(x)[0].shape[-1]
+        kernel = self.param("kernel", torch_uniform, (3, 3, 3, features_in, self.features)).astype(self.dtype)
+        bias = self.param("bias", self.bias_init, (self.features,)).astype(self.dtype)
+        x = jax.tree.map(lambda part: part.astype(self.dtype), x)
+        if isinstance(x, Split):
+            past, cache = halo.before(x, cache)
+            rest = conv3d(jnp.concatenate([past.astype(self.dtype), x.rest], axis=1), kernel) + bias
+            if x.first is None:
+                return Split(None, rest), cache
+            # all three taps in time see the first frame
+            first = conv3d(x.first, kernel.sum(axis=0, keepdims=True)) + bias
+            return Split(first, rest), cache
         past = jnp.repeat(x[:, :1], 2, axis=1) if cache is None else cache.astype(self.dtype)
         x = jnp.concatenate([past, x], axis=1)
-        return conv3d(x, kernel.astype(self.dtype)) + bias.astype(self.dtype), x[:, -2:]
+        return conv3d(x, kernel) + bias, x[:, -2:]
 
 
 class PointwiseConv(nn.Module):

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from cogvideox_jax.core.rope import cos_sin, rotary_angles, sincos_table
@@ -16,7 +17,21 @@ from cogvideox_jax.layers.norm import layer_norm
 from cogvideox_jax.parallel.sharding import TOKENS, constrain
 
 POSITIONS = ("sincos", "rope", "rope+learned")
-REMAT = ("nothing", "everything")
+# What the backward pass computes again of a block; else it is kept. The attention's output and logsumexp are small beside what
+# they cost; "offload" keeps them, and each block's input, in the host's memory.
+_KEPT = ("attention_out", "attention_lse")
+_OFFLOADED = ("block_input", *_KEPT)
+REMAT = {
+    "nothing": None,
+    "attention": jax.checkpoint_policies.save_only_these_names(*_KEPT),
+    "everything": jax.checkpoint_policies.nothing_saveable,
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=list(_OFFLOADED),
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
+}
 
 
 class Modulation(nn.Module):
@@ -54,6 +69,7 @@ class Block(nn.Module):
     out_scale: float
     modulation_init: Any
     dtype: Any = jnp.float32
+    way: str = "auto"
 
     @nn.compact
     def __call__(
@@ -64,6 +80,7 @@ class Block(nn.Module):
         rotary: tuple[Array, Array] | None,
         segment_ids: Int[Array, "b l"] | None,
     ) -> tuple[Float[Array, "b l d"], None]:
+        x = checkpoint_name(x, "block_input")
         width = x.shape[-1]
         init, out_init = nn.initializers.normal(0.02), nn.initializers.normal(self.out_scale)
 
@@ -73,7 +90,7 @@ class Block(nn.Module):
             return layer_norm(self.epsilon, self.dtype, name)(x) * (1 + scale) + shift, gate
 
         y, gate = modulated("norm1")
-        y = JointAttention(self.num_heads, self.head_dim, out_init, self.dtype, name="attention")(
+        y = JointAttention(self.num_heads, self.head_dim, out_init, self.dtype, self.way, name="attention")(
             y, rotary, segment_ids
         )
         x = constrain(x + gate * y, TOKENS)
@@ -86,6 +103,8 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """The denoiser. The defaults are CogVideoX's own; configs/models.py holds the public variants.
 
+    A collection "lora" beside "params" adds a LoRA to the attention's projections (models.lora).
+
     Fields:
       position: "sincos" (2B), "rope" (5B, 1.5) or "rope+learned" (5B-I2V).
       learned_grid: (t, h, w) tokens of the learned table.
@@ -93,7 +112,8 @@ class Transformer(nn.Module):
       ofs_dim: width of the ofs embedding, 0 without one.
       epsilon: of the block and final LayerNorms: 1e-5 in diffusers' files, 1e-6 in SAT (spec 10.1).
       zero_modulation: start the modulation at zero (adaLN-zero) instead of torch's default (spec 2.13).
-      remat: what the backward pass recomputes of each block.
+      remat: what the backward pass recomputes of each block, a name of REMAT.
+      attention: how tokens that are split over `sequence` attend, a name of parallel.attention.WAYS.
     """
 
     num_layers: int
@@ -113,6 +133,7 @@ class Transformer(nn.Module):
     epsilon: float = 1e-5
     zero_modulation: bool = True
     remat: str = "nothing"
+    attention: str = "auto"
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -138,7 +159,9 @@ class Transformer(nn.Module):
         Returns: the prediction at the latents' size, in the compute dtype.
         """
         if self.position not in POSITIONS or self.remat not in REMAT:
-            raise ValueError(f"position {self.position!r} not in {POSITIONS}, or remat {self.remat!r} not in {REMAT}")
+            raise ValueError(
+                f"position {self.position!r} not in {POSITIONS}, or remat {self.remat!r} not in {tuple(REMAT)}"
+            )
         if (ofs is not None) != bool(self.ofs_dim):
             raise ValueError("ofs must be given exactly for the models that have an ofs embedding (1.5 image-to-video)")
         width = self.num_heads * self.head_dim
@@ -178,19 +201,20 @@ class Transformer(nn.Module):
             everywhere = jnp.concatenate([jnp.zeros((num_text, 3), jnp.float32), jnp.asarray(positions)])
             rotary = cos_sin(rotary_angles(everywhere[None], self.head_dim))
 
-        block = Block if self.remat == "nothing" else nn.remat(Block, prevent_cse=False)
+        # under scan nothing can be merged across iterations, so XLA need not be kept from it
+        policy = REMAT[self.remat]
+        block = Block if policy is None else nn.remat(Block, prevent_cse=False, policy=policy)
         stack = nn.scan(
             block,
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, "lora": 0},
             split_rngs={"params": True},
             in_axes=nn.broadcast,
             length=self.num_layers,
         )
         modulation_init = nn.initializers.zeros if self.zero_modulation else torch_uniform
         out_scale = 0.02 / (2 * self.num_layers) ** 0.5
-        x, _ = stack(
-            self.num_heads, self.head_dim, self.epsilon, out_scale, modulation_init, self.dtype, name="blocks"
-        )(x, emb, is_text, rotary, None)
+        fields = (self.num_heads, self.head_dim, self.epsilon, out_scale, modulation_init, self.dtype, self.attention)
+        x, _ = stack(*fields, name="blocks")(x, emb, is_text, rotary, None)
 
         x = layer_norm(self.epsilon, self.dtype, "norm_final")(x[:, num_text:])
         shift, scale = jnp.split(Modulation(width, 2, modulation_init, self.dtype, name="out_modulation")(emb), 2, 1)

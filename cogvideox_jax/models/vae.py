@@ -12,7 +12,10 @@ from jaxtyping import Array, Float
 from cogvideox_jax.core import video
 from cogvideox_jax.core.errors import InputError
 from cogvideox_jax.layers.conv import CausalConv3d, PointwiseConv, SpatialConv
-from cogvideox_jax.layers.norm import SpatialNorm, group_norm
+from cogvideox_jax.layers.norm import GroupNorm, SpatialNorm
+from cogvideox_jax.parallel import halo
+from cogvideox_jax.parallel.halo import Frames
+from cogvideox_jax.parallel.sharding import REPLICATED, constrain
 
 # A cache is a nested tuple with one (b, 2, h, w, c) array per causal convolution, in the order of the forward pass.
 Cache = Any
@@ -43,38 +46,34 @@ class ResnetBlock(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array, latents: Array | None, cache: Cache | None = None) -> tuple[Array, Cache]:
+    def __call__(self, x: Frames, latents: Frames | None, cache: Cache | None = None) -> tuple[Frames, Cache]:
         caches = _Caches(cache)
 
-        def norm(y: Array, name: str) -> Array:
+        def norm(y: Frames, name: str) -> Frames:
             if latents is None:
-                return group_norm(self.groups, self.dtype, name)(y)
+                return GroupNorm(self.groups, self.dtype, name=name)(y)
             return SpatialNorm(self.groups, self.dtype, name=name)(y, latents)
 
-        y = caches(CausalConv3d(self.features, self.dtype, name="conv1"), nn.silu(norm(x, "norm1")))
-        y = caches(CausalConv3d(self.features, self.dtype, name="conv2"), nn.silu(norm(y, "norm2")))
-        if x.shape[-1] != self.features:
-            x = PointwiseConv(self.features, self.dtype, name="shortcut")(x)
-        return x + y, caches.new
+        y = caches(CausalConv3d(self.features, self.dtype, name="conv1"), _silu(norm(x, "norm1")))
+        y = caches(CausalConv3d(self.features, self.dtype, name="conv2"), _silu(norm(y, "norm2")))
+        if jax.tree.leaves(x)[0].shape[-1] != self.features:
+            x = jax.tree.map(PointwiseConv(self.features, self.dtype, name="shortcut"), x)
+        return jax.tree.map(jnp.add, x, y), caches.new
 
 
-def pool_time(x: Float[Array, "b t h w c"]) -> Float[Array, "b t2 h w c"]:
-    """Average pairs of frames; in a chunk of odd length the first frame is kept as it is (spec 3.4)."""
-    if x.shape[1] == 1:
-        return x
-    first, rest = (x[:, :1], x[:, 1:]) if x.shape[1] % 2 else (x[:, :0], x)
-    pairs = (rest[:, 0::2] + rest[:, 1::2]) / 2
-    return jnp.concatenate([first, pairs], axis=1)
+def _silu(x: Frames) -> Frames:
+    return jax.tree.map(nn.silu, x)
 
 
-def double(x: Float[Array, "b t h w c"], *, time: bool) -> Float[Array, "b t2 2*h 2*w c"]:
-    """Repeat in space, and in time all frames but the first of a chunk of odd length (spec 3.4)."""
-    x = jnp.repeat(jnp.repeat(x, 2, axis=2), 2, axis=3)
-    if not time or x.shape[1] == 1:
-        return x
-    if x.shape[1] % 2:
-        return jnp.concatenate([x[:, :1], jnp.repeat(x[:, 1:], 2, axis=1)], axis=1)
-    return jnp.repeat(x, 2, axis=1)
+def pool_time(x: Frames) -> Frames:
+    """Average pairs of frames; the first frame of a clip is kept as it is (spec 3.4)."""
+    return halo.after_first(lambda rest: (rest[:, 0::2] + rest[:, 1::2]) / 2, x)
+
+
+def double(x: Frames, *, time: bool) -> Frames:
+    """Repeat in space, and in time all frames but the first of a clip (spec 3.4)."""
+    x = jax.tree.map(lambda part: jnp.repeat(jnp.repeat(part, 2, axis=2), 2, axis=3), x)
+    return halo.after_first(lambda rest: jnp.repeat(rest, 2, axis=1), x) if time else x
 
 
 def narrow_posterior(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
@@ -87,105 +86,124 @@ def narrow_posterior(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.fl
 
 
 class Encoder(nn.Module):
-    """Pixels -> posterior moments (mean and log-variance concatenated on channels)."""
+    """Pixels (b, f, h, w, 3) -> posterior moments (mean and log-variance concatenated on channels)."""
 
     channels: tuple[int, ...]
     layers_per_block: int
     latent_channels: int
     groups: int
     dtype: Any = jnp.float32
+    remat: bool = False
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b f h w 3"], cache: Cache | None = None) -> tuple[Array, Cache]:
+    def __call__(self, x: Frames, cache: Cache | None = None) -> tuple[Frames, Cache]:
         caches = _Caches(cache)
+        block = nn.remat(ResnetBlock) if self.remat else ResnetBlock
         x = caches(CausalConv3d(self.channels[0], self.dtype, name="conv_in"), x)
         for i, features in enumerate(self.channels):
             for j in range(self.layers_per_block):
-                x = caches(ResnetBlock(features, self.groups, self.dtype, name=f"down_{i}_resnet_{j}"), x, None)
+                x = caches(block(features, self.groups, self.dtype, name=f"down_{i}_resnet_{j}"), x, None)
             if i < len(self.channels) - 1:
                 x = pool_time(x) if i < 2 else x
-                x = SpatialConv(features, stride=2, dtype=self.dtype, name=f"down_{i}_downsample")(x)
+                x = jax.tree.map(SpatialConv(features, stride=2, dtype=self.dtype, name=f"down_{i}_downsample"), x)
         for j in range(2):
-            x = caches(ResnetBlock(self.channels[-1], self.groups, self.dtype, name=f"mid_resnet_{j}"), x, None)
-        x = nn.silu(group_norm(self.groups, self.dtype, "norm_out")(x))
+            x = caches(block(self.channels[-1], self.groups, self.dtype, name=f"mid_resnet_{j}"), x, None)
+        x = _silu(GroupNorm(self.groups, self.dtype, name="norm_out")(x))
         x = caches(CausalConv3d(2 * self.latent_channels, self.dtype, bias_init=narrow_posterior, name="conv_out"), x)
         return x, caches.new
 
 
 class Decoder(nn.Module):
-    """Latents -> pixels, every norm conditioned on the latents themselves."""
+    """Latents (b, t, h, w, z) -> pixels, every norm conditioned on the latents themselves."""
 
     channels: tuple[int, ...]
     layers_per_block: int
     groups: int
     dtype: Any = jnp.float32
+    remat: bool = False
 
     @nn.compact
-    def __call__(self, latents: Float[Array, "b t h w z"], cache: Cache | None = None) -> tuple[Array, Cache]:
+    def __call__(self, latents: Frames, cache: Cache | None = None) -> tuple[Frames, Cache]:
         caches = _Caches(cache)
+        block = nn.remat(ResnetBlock) if self.remat else ResnetBlock
         x = caches(CausalConv3d(self.channels[-1], self.dtype, name="conv_in"), latents)
         for j in range(2):
-            x = caches(ResnetBlock(self.channels[-1], self.groups, self.dtype, name=f"mid_resnet_{j}"), x, latents)
+            x = caches(block(self.channels[-1], self.groups, self.dtype, name=f"mid_resnet_{j}"), x, latents)
         for i, features in enumerate(reversed(self.channels)):
             for j in range(self.layers_per_block + 1):
-                x = caches(ResnetBlock(features, self.groups, self.dtype, name=f"up_{i}_resnet_{j}"), x, latents)
+                x = caches(block(features, self.groups, self.dtype, name=f"up_{i}_resnet_{j}"), x, latents)
             if i < len(self.channels) - 1:
                 x = double(x, time=i < 2)
-                x = SpatialConv(features, dtype=self.dtype, name=f"up_{i}_upsample")(x)
-        x = nn.silu(SpatialNorm(self.groups, self.dtype, name="norm_out")(x, latents))
+                x = jax.tree.map(SpatialConv(features, dtype=self.dtype, name=f"up_{i}_upsample"), x)
+        x = _silu(SpatialNorm(self.groups, self.dtype, name="norm_out")(x, latents))
         x = caches(CausalConv3d(3, self.dtype, name="conv_out"), x)
         return x, caches.new
 
 
 class VAE(nn.Module):
-    """The autoencoder; time is halved at the first two levels. The public one is in configs/models.py."""
+    """The autoencoder; time is halved at the first two levels. The public one is in configs/models.py.
+
+    Its methods take whole clips, or frames that parallel.halo has split over `sequence`, and answer in kind.
+
+    Fields:
+      remat: the backward pass computes each residual block again instead of keeping what is inside.
+    """
 
     channels: tuple[int, ...]
     layers_per_block: int
     latent_channels: int
     groups: int
     dtype: Any = jnp.float32
+    remat: bool = False
 
     def setup(self):
-        self.encoder = Encoder(self.channels, self.layers_per_block, self.latent_channels, self.groups, self.dtype)
-        self.decoder = Decoder(self.channels, self.layers_per_block, self.groups, self.dtype)
+        fields = dict(dtype=self.dtype, remat=self.remat)
+        self.encoder = Encoder(self.channels, self.layers_per_block, self.latent_channels, self.groups, **fields)
+        self.decoder = Decoder(self.channels, self.layers_per_block, self.groups, **fields)
 
-    def encode(
-        self, x: Float[Array, "b f h w 3"], cache: Cache | None = None
-    ) -> tuple[Float[Array, "b t h1 w1 z"], Float[Array, "b t h1 w1 z"], Cache]:
-        """Posterior mean and log-variance (clamped to [-30, 20]) of one chunk, and the cache for the next."""
+    def encode(self, x: Frames, cache: Cache | None = None) -> tuple[Frames, Frames, Cache]:
+        """One chunk of pixels (b, f, h, w, 3): posterior mean and log-variance, clamped to [-30, 20], both float32
+        (b, t, h1, w1, z), and the cache for the next chunk."""
         moments, cache = self.encoder(x, cache)
-        mean, logvar = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
-        return mean, jnp.clip(logvar, -30, 20), cache
+        mean = jax.tree.map(lambda part: part[..., : self.latent_channels].astype(jnp.float32), moments)
+        logvar = jax.tree.map(lambda part: part[..., self.latent_channels :].astype(jnp.float32), moments)
+        return mean, jax.tree.map(lambda part: jnp.clip(part, -30, 20), logvar), cache
 
-    def decode(
-        self, latents: Float[Array, "b t h1 w1 z"], cache: Cache | None = None
-    ) -> tuple[Float[Array, "b f h w 3"], Cache]:
-        """Pixels of one chunk of (unscaled) latents, not clamped, and the cache for the next."""
+    def decode(self, latents: Frames, cache: Cache | None = None) -> tuple[Frames, Cache]:
+        """Pixels (b, f, h, w, 3) of one chunk of (unscaled) latents, not clamped, and the cache for the next."""
         return self.decoder(latents, cache)
 
-    def __call__(
-        self, x: Float[Array, "b f h w 3"], key: jax.Array | None = None
-    ) -> tuple[Float[Array, "b f h w 3"], Array, Array]:
+    def __call__(self, x: Frames, key: jax.Array | None = None) -> tuple[Frames, Frames, Frames]:
         """Reconstruct whole clips: (reconstruction, mean, logvar). Samples the posterior with `key`, else uses its mean."""
         mean, logvar, _ = self.encode(x)
         latents = mean if key is None else sample_posterior(mean, logvar, key)
         return self.decode(latents)[0], mean, logvar
 
 
-def sample_posterior(mean: Array, logvar: Array, key: jax.Array) -> Array:
+def sample_posterior(mean: Frames, logvar: Frames, key: jax.Array) -> Frames:
     """mean + std * N(0, 1), float32."""
-    return mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape, jnp.float32)
+    noise = halo.draw(lambda shape: jax.random.normal(key, shape, jnp.float32), mean)
+    return jax.tree.map(lambda m, l, n: m + jnp.exp(0.5 * l) * n, mean, logvar, noise)
 
 
-@functools.partial(jax.jit, static_argnames="vae")
-def _encode_chunk(vae: VAE, params: Any, x: Array, cache: Cache | None) -> tuple[Array, Array, Cache]:
-    return vae.apply({"params": params}, x, cache, method="encode")
+def gathered(params: Any) -> Any:
+    """Parameters whole on each device before they are used: left to itself the compiler may move frames instead."""
+    return jax.tree.map(lambda leaf: constrain(leaf, REPLICATED), params)
 
 
-@functools.partial(jax.jit, static_argnames="vae")
-def _decode_chunk(vae: VAE, params: Any, latents: Array, cache: Cache | None) -> tuple[Array, Cache]:
-    return vae.apply({"params": params}, latents, cache, method="decode")
+@functools.partial(jax.jit, static_argnames=("vae", "apart"))
+def _encode_chunk(vae: VAE, params: Any, x: Array, cache: Cache | None, *, apart: bool) -> tuple[Array, Cache]:
+    frames = halo.split(x, video.TIME_FACTOR, first=cache is None) if apart else x
+    mean, logvar, cache = vae.apply({"params": gathered(params)}, frames, cache, method="encode")
+    moments = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=-1), mean, logvar)
+    return halo.join(moments), cache
+
+
+@functools.partial(jax.jit, static_argnames=("vae", "apart"))
+def _decode_chunk(vae: VAE, params: Any, latents: Array, cache: Cache | None, *, apart: bool) -> tuple[Array, Cache]:
+    frames = halo.split(latents, 1, first=cache is None) if apart else latents
+    pixels, cache = vae.apply({"params": gathered(params)}, frames, cache, method="decode")
+    return halo.join(pixels), cache
 
 
 def _tiles(height: int, width: int, sample: tuple[int, int], *, decode: bool) -> dict[str, tuple[int, int]] | None:
@@ -209,6 +227,36 @@ def _tiles(height: int, width: int, sample: tuple[int, int], *, decode: bool) ->
     return dict(tile=tile, stride=stride, extent=extent, keep=keep)
 
 
+def _in_parts(
+    function: Callable[..., tuple[Array, Cache]],
+    vae: VAE,
+    params: Any,
+    x: Array,
+    *,
+    unit: int,
+    chunk: int | None,
+    tiles: dict[str, tuple[int, int]] | None,
+    slicing: bool,
+    done: Callable[[Array], None],
+) -> Array:
+    """`function` on each sample (with slicing), on each tile of it, on each chunk in time of that."""
+
+    bounds = video.chunk_bounds(x.shape[1], chunk or x.shape[1])
+    # the cache is of one kind from the first chunk to the last, and an even first chunk has no first frame of its own
+    apart = bounds[0][1] % 2 == 1 and all(halo.divides(stop - start, unit, first=start == 0) for start, stop in bounds)
+
+    def whole(part: Array) -> Array:
+        cache, outputs = None, []
+        for start, stop in bounds:
+            output, cache = function(vae, params, part[:, start:stop], cache, apart=apart)
+            outputs.append(output)
+            done(output)
+        return jnp.concatenate(outputs, axis=1)
+
+    samples = jnp.split(x, x.shape[0]) if slicing else [x]
+    return jnp.concatenate([video.tiled(whole, sample, **tiles) if tiles else whole(sample) for sample in samples])
+
+
 def encode(
     vae: VAE,
     params: Any,
@@ -216,6 +264,8 @@ def encode(
     *,
     chunk: int | None = 8,
     tile_sample_size: tuple[int, int] | None = None,
+    slicing: bool = False,
+    done: Callable[[Array], None] = lambda output: None,
 ) -> tuple[Float[Array, "b t h1 w1 z"], Float[Array, "b t h1 w1 z"]]:
     """Encode clips chunk by chunk with the causal cache.
 
@@ -224,19 +274,19 @@ def encode(
       chunk: pixel frames per chunk, 8 in every public pipeline (the first takes the remainder too); None encodes the
         whole clip at once. GroupNorm pools over the chunk, so another size gives other numbers.
       tile_sample_size: (height, width) the tile sizes are derived from, 480x720 in the public config; None: no tiling.
+      slicing: one sample of the batch after the other, which takes less memory and gives the same numbers.
+      done: is called with the result of each chunk of each tile, for progress; it may not be computed yet.
+
+    Under a mesh the frames of each chunk are split over `sequence` where they divide in every chunk: after the first frame a
+    multiple of 4 (in `decode` of 1) on each device, so whole clips of 1 + 4 k x sequence frames do, and public chunks over
+    sequence=2. Else every device of `sequence` computes all frames.
 
     Returns: posterior mean and log-variance, float32, t = (f - 1) / 4 + 1.
+    Raises InputError for a tile size whose tiles would not fit together.
     """
-
-    def whole(part: Array) -> Array:
-        cache, moments = None, []
-        for start, stop in video.chunk_bounds(part.shape[1], chunk or part.shape[1]):
-            mean, logvar, cache = _encode_chunk(vae, params, part[:, start:stop], cache)
-            moments.append(jnp.concatenate([mean, logvar], axis=-1))
-        return jnp.concatenate(moments, axis=1)
-
     tiles = tile_sample_size and _tiles(x.shape[2], x.shape[3], tile_sample_size, decode=False)
-    mean, logvar = jnp.split(video.tiled(whole, x, **tiles) if tiles else whole(x), 2, axis=-1)
+    parts = dict(unit=video.TIME_FACTOR, chunk=chunk, tiles=tiles, slicing=slicing, done=done)
+    mean, logvar = jnp.split(_in_parts(_encode_chunk, vae, params, x, **parts), 2, axis=-1)
     return mean, logvar
 
 
@@ -247,15 +297,10 @@ def decode(
     *,
     chunk: int | None = 2,
     tile_sample_size: tuple[int, int] | None = None,
+    slicing: bool = False,
+    done: Callable[[Array], None] = lambda output: None,
 ) -> Float[Array, "b f h w 3"]:
     """Decode (unscaled) latents chunk by chunk; arguments as in `encode`, chunk in latent frames."""
-
-    def whole(part: Array) -> Array:
-        cache, frames = None, []
-        for start, stop in video.chunk_bounds(part.shape[1], chunk or part.shape[1]):
-            pixels, cache = _decode_chunk(vae, params, part[:, start:stop], cache)
-            frames.append(pixels)
-        return jnp.concatenate(frames, axis=1)
-
     tiles = tile_sample_size and _tiles(latents.shape[2], latents.shape[3], tile_sample_size, decode=True)
-    return video.tiled(whole, latents, **tiles) if tiles else whole(latents)
+    parts = dict(unit=1, chunk=chunk, tiles=tiles, slicing=slicing, done=done)
+    return _in_parts(_decode_chunk, vae, params, latents, **parts)

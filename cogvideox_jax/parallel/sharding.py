@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 BATCH = P(("data", "fsdp"))
 TOKENS = P(("data", "fsdp"), "sequence")  # (batch, tokens, ...)
 HEADS = P(("data", "fsdp"), None, "sequence")  # (batch, tokens, heads, ...)
+PARTS = P(None, ("data", "fsdp"))  # (parts of a batch, rows, ...)
 REPLICATED = P()
 
 SMALLEST_SHARDED = 1024  # elements; below this a gather costs more than the memory it saves
@@ -19,6 +20,12 @@ SMALLEST_SHARDED = 1024  # elements; below this a gather costs more than the mem
 def ambient_axis(name: str) -> int:
     """Size of an axis of the ambient mesh, 1 without a mesh."""
     return jax.sharding.get_abstract_mesh().shape.get(name, 1)
+
+
+def platform() -> str:
+    """What the program is compiled for, "cpu" or "tpu": the ambient mesh's devices, which need not be this machine's."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.platform if device else jax.default_backend()
 
 
 def constrain(x: jax.Array, spec: P) -> jax.Array:

@@ -9,7 +9,9 @@ import optax
 from jaxtyping import Array, Float
 
 from cogvideox_jax.core import losses
-from cogvideox_jax.models.vae import VAE
+from cogvideox_jax.core.video import TIME_FACTOR
+from cogvideox_jax.models.vae import VAE, gathered
+from cogvideox_jax.parallel import halo
 from cogvideox_jax.parallel.sharding import BATCH, constrain
 from cogvideox_jax.train.state import TrainState, apply_gradients
 
@@ -17,11 +19,12 @@ from cogvideox_jax.train.state import TrainState, apply_gradients
 def objective(
     params: Any, vae: VAE, video: Float[Array, "b f h w 3"], key: jax.Array, *, kl_weight: float
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """Mean absolute error plus weighted KL, with its parts as logs."""
-    reconstruction, mean, logvar = vae.apply({"params": params}, video, key)
-    l1 = losses.reconstruction_l1(video, reconstruction)
-    kl = losses.kl_divergence(mean, logvar)
-    psnr = jnp.mean(losses.psnr(video, reconstruction))
+    """Mean absolute error plus weighted KL, with its parts as logs. Frames that divide are split over `sequence`."""
+    frames = halo.split(video, TIME_FACTOR)
+    reconstruction, mean, logvar = vae.apply({"params": gathered(params)}, frames, key)
+    l1 = halo.frame_mean(losses.reconstruction_l1, frames, reconstruction)
+    kl = halo.frame_mean(losses.kl_divergence, mean, logvar)
+    psnr = jnp.mean(losses.psnr_of(halo.clip_mean(losses.clipped_mse, frames, reconstruction)))
     return l1 + kl_weight * kl, {"l1": l1, "kl": kl, "psnr_db": psnr}
 
 
@@ -47,6 +50,6 @@ def train_step(
 @functools.partial(jax.jit, static_argnames="vae")
 def reconstruct(params: Any, video: Float[Array, "b f h w 3"], *, vae: VAE) -> tuple[Array, Float[Array, "b"]]:
     """Reconstruction from the posterior mean, clipped to [-1, 1], and each clip's PSNR in dB."""
-    reconstruction, _, _ = vae.apply({"params": params}, video)
-    reconstruction = jnp.clip(reconstruction, -1, 1)
+    reconstruction, _, _ = vae.apply({"params": gathered(params)}, halo.split(video, TIME_FACTOR))
+    reconstruction = jnp.clip(halo.join(reconstruction), -1, 1)
     return reconstruction, losses.psnr(video, reconstruction)

@@ -1,5 +1,6 @@
 """Public checkpoints -> Orbax trees, and runs -> diffusers folders. The direction follows from the source."""
 
+import functools
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,15 +11,13 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from cogvideox_jax.core.errors import InputError
+from cogvideox_jax.models.convert import configs, disk, t5x, table, trees
 from cogvideox_jax.models.convert import folder as folders
-from cogvideox_jax.models.convert import t5x, table, trees
 from cogvideox_jax.models.convert.table import FLOATS
-from cogvideox_jax.models.transformer import Transformer
-from cogvideox_jax.train import checkpoint, metrics
-from cogvideox_jax.train.workdir import read_config, read_json, tuples, write_json
+from cogvideox_jax.pipeline import MODEL, STAGES, locate
+from cogvideox_jax.train import metrics
+from cogvideox_jax.train.workdir import read_json, write_json
 
-MODEL = "model.json"
-STAGES = ("vae", "encode", "diffusion")
 _DTYPES = {dtype.name: dtype for dtype in FLOATS if dtype.itemsize < 8}
 
 
@@ -36,7 +35,7 @@ class Export(NamedTuple):
     """What goes out: the pieces, the tree of each network, and the tokenizer (a folder, or a sentencepiece model)."""
 
     pieces: dict[str, Any]
-    networks: dict[str, Path]
+    networks: dict[str, Any]
     tokenizer: Path
     max_text_tokens: int
 
@@ -47,25 +46,23 @@ def check(config: ConfigDict, workdir: Path) -> None:
         raise InputError(f"config.dtype={config.dtype!r}: choose keep, {', '.join(_DTYPES)}")
     if config.weights not in ("ema", "params"):
         raise InputError(f"config.weights={config.weights!r}: choose ema or params")
-    if config.sampler not in folders.SAMPLERS:
-        raise InputError(f"config.sampler={config.sampler!r}: choose one of {', '.join(folders.SAMPLERS)}")
+    if config.sampler not in configs.SAMPLERS:
+        raise InputError(f"config.sampler={config.sampler!r}: choose one of {', '.join(configs.SAMPLERS)}")
     if config.max_shard_bytes < 1:
         raise InputError(f"config.max_shard_bytes={config.max_shard_bytes}: expected a size above zero")
     plan = examine(config)
+    if isinstance(plan, Export):
+        for kind, tree in plan.networks.items():
+            folders.check_params(kind, plan.pieces[kind]["model"], tree, f"config.source={config.source}")
+    disk.require("--workdir=", workdir, _needed(plan, config))
+
+
+def _needed(plan: Import | Export, config: ConfigDict) -> int:
+    """Bytes that will be written."""
     if isinstance(plan, Import):
-        needed = plan.num_bytes
-    else:
-        needed = 0
-        for kind, path in plan.networks.items():
-            tree = trees.open_tree(path)
-            folders.check_params(kind, plan.pieces[kind]["model"], tree, str(path))
-            needed += trees.count_bytes(tree, _DTYPES.get(config.dtype))
-    parent = next(path for path in (workdir, *workdir.resolve().parents) if path.exists())
-    free = shutil.disk_usage(parent).free
-    if needed > free:
-        raise InputError(
-            f"--workdir={workdir} has {free / 1e9:.1f} GB left, {needed / 1e9:.1f} GB are needed: free some"
-        )
+        return plan.num_bytes
+    dtype = _DTYPES.get(config.dtype)
+    return sum(trees.count_bytes(tree, dtype) for tree in plan.networks.values())
 
 
 def examine(config: ConfigDict) -> Import | Export:
@@ -79,10 +76,8 @@ def examine(config: ConfigDict) -> Import | Export:
         return _import_networks(pieces, found, dtype, source / "tokenizer")
     if t5x.find(source):
         return _import_t5x(source, dtype)
-    if (source / MODEL).is_file():
-        return _export_imported(source)
-    if all((source / stage / "config.json").is_file() for stage in STAGES):
-        return _export_run(source, config)
+    if (source / MODEL).is_file() or all((source / stage / "config.json").is_file() for stage in STAGES):
+        return _what_goes_out(source, config)
     if (source / "config.json").is_file():
         if "task" in read_json(source / "config.json", made_by="the task"):
             raise InputError(f"config.source={source} is one stage: give the folder that holds {', '.join(STAGES)}")
@@ -128,54 +123,13 @@ def _import_t5x(source: Path, dtype: np.dtype | None) -> Import:
     return Import({"text_encoder": {"model": fields}}, networks, count, trees.count_bytes(tree), None)
 
 
-def _export_imported(source: Path) -> Export:
-    pieces = tuples(read_json(source / MODEL, made_by="the convert task"))
-    missing = [name for name in ("pipeline", "scheduler", *folders.NETWORKS) if name not in pieces]
-    if missing:
-        raise InputError(f"{source / MODEL} lacks {', '.join(missing)}: only a whole pipeline's import can be exported")
-    networks = {kind: source / kind for kind in folders.NETWORKS}
-    return Export(pieces, networks, source / "tokenizer", pieces["transformer"]["model"]["max_text_tokens"])
-
-
-def _export_run(source: Path, config: ConfigDict) -> Export:
-    """The pieces of a run: each stage's config, the scale that encode measured, and the newest checkpoints."""
-    vae = read_config(source / "vae", made_by="the train_vae task")
-    encode = read_config(source / "encode", made_by="the encode task")
-    diffusion = read_config(source / "diffusion", made_by="the train_diffusion task")
-    stats = read_json(source / "encode" / "stats.json", made_by="the encode task")
-    size = {"sample_height": encode["height"], "sample_width": encode["width"]}
-    model = Transformer(**diffusion["model"])
-    image = model.in_channels != model.out_channels
-    pieces = {
-        "pipeline": "CogVideoXImageToVideoPipeline" if image else "CogVideoXPipeline",
-        "scheduler": {
-            "sampler": config.sampler,
-            "snr_shift_scale": diffusion["snr_shift_scale"],
-            "timestep_spacing": "trailing",
-        },
-        "transformer": {
-            "model": diffusion["model"],
-            **folders.pixel_sizes(encode["num_frames"], encode["height"], encode["width"]),
-        },
-        "vae": {
-            "model": vae["model"],
-            "scaling_factor": stats["scaling_factor"],
-            "invert_scale_latents": False,
-            **size,
-        },
-        "text_encoder": {"model": encode["text_encoder"]["model"]},
-    }
-    networks = {
-        "transformer": checkpoint.newest_item(source / "diffusion", config.weights),
-        "vae": checkpoint.newest_item(source / "vae", config.weights),
-        "text_encoder": source / "encode" / "text_encoder",
-    }
-    vocabulary = Path(encode["vocabulary"])
-    if not vocabulary.is_file():
-        raise InputError(
-            f"{source / 'encode'} was made with the vocabulary {vocabulary}, which is not there: put it back"
-        )
-    return Export(pieces, networks, vocabulary, encode["max_text_tokens"])
+def _what_goes_out(source: Path, config: ConfigDict) -> Export:
+    parts = locate(source, weights=config.weights)
+    pieces = dict(parts.pieces)
+    if not (source / MODEL).is_file():  # a run, which has no scheduler of its own
+        pieces["scheduler"] = pieces["scheduler"] | {"sampler": config.sampler}
+    networks = {kind: trees.open_tree(tree) if isinstance(tree, Path) else tree for kind, tree in parts.trees.items()}
+    return Export(pieces, networks, parts.tokenizer, pieces["transformer"]["model"]["max_text_tokens"])
 
 
 class _Counter:
@@ -193,18 +147,36 @@ class _Counter:
 
 
 def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
-    """Import into workdir/{transformer,vae,text_encoder}, tokenizer and model.json, or export to workdir/diffusers."""
+    """Import into workdir/{transformer,vae,text_encoder}, tokenizer and model.json, or export to workdir/diffusers.
+
+    Raises InputError when the disk fills up. Networks that are whole stay, and the next run goes on after them.
+    """
     plan = examine(config)
-    if isinstance(plan, Import):
-        return _import(plan, workdir)
-    return _export(plan, workdir, config)
+    _clear(workdir)  # of a killed run
+    with disk.writing("--workdir=", workdir, _needed(plan, config)):
+        try:
+            return _import(plan, workdir) if isinstance(plan, Import) else _export(plan, workdir, config)
+        except BaseException:
+            _clear(workdir)
+            raise
+
+
+def _clear(workdir: Path) -> None:
+    """Remove what is half-written. The folders in an unfinished export are whole."""
+    for path in [
+        *workdir.glob("*.tmp"),
+        *workdir.glob("diffusers.tmp/**/*.tmp"),
+        *workdir.glob("*.orbax-checkpoint-tmp*"),
+    ]:
+        if path.is_dir() and path.name != "diffusers.tmp":
+            shutil.rmtree(path)
+        elif path.is_file():
+            path.unlink()
 
 
 def _import(plan: Import, workdir: Path) -> dict[str, Any]:
     done = _Counter(plan.num_tensors)
     parameters = {}
-    for path in workdir.glob("*.orbax-checkpoint-tmp*"):  # of an interrupted run
-        shutil.rmtree(path)
     for kind, network in plan.networks.items():
         tree = network(done)
         leaves = jax.tree.leaves(tree)
@@ -214,9 +186,20 @@ def _import(plan: Import, workdir: Path) -> dict[str, Any]:
         else:
             trees.write_tree(workdir / kind, tree)
     if plan.tokenizer:
-        folders.copy_tokenizer(plan.tokenizer, workdir / "tokenizer")
+        tokenizer = plan.tokenizer
+        _whole(workdir, workdir / "tokenizer", lambda part: folders.copy_tokenizer(tokenizer, part))
     write_json(workdir / MODEL, plan.pieces)
     return {"direction": "import", "num_tensors": plan.num_tensors, "parameters": parameters}
+
+
+def _whole(workdir: Path, target: Path, write: Callable[[Path], None]) -> None:
+    """Write a folder, unless an interrupted run has: it appears when it is whole."""
+    if target.exists():
+        return
+    part = workdir / f"{target.name}.tmp"
+    write(part)
+    target.parent.mkdir(exist_ok=True)
+    part.rename(target)
 
 
 def _export(plan: Export, workdir: Path, config: ConfigDict) -> dict[str, Any]:
@@ -226,28 +209,29 @@ def _export(plan: Export, workdir: Path, config: ConfigDict) -> dict[str, Any]:
     entries = {kind: folders.NETWORKS[kind].entries(plan.pieces[kind]["model"]) for kind in plan.networks}
     num_tensors = sum(len(rows) for rows in entries.values())
     done = _Counter(num_tensors)
-    for kind, path in plan.networks.items():
-        if (target / kind).exists():  # written whole before an interruption
-            done.skip(len(entries[kind]))
-            continue
-        part = workdir / f"{kind}.tmp"
-        shutil.rmtree(part, ignore_errors=True)
+
+    def network(kind: str, part: Path) -> None:
         folders.write_network(
             kind,
             part,
             plan.pieces[kind],
-            trees.open_tree(path),
+            plan.networks[kind],
             dtype=_DTYPES.get(config.dtype),
             max_shard_bytes=config.max_shard_bytes,
             done=done,
         )
-        target.mkdir(exist_ok=True)
-        part.rename(target / kind)
-    target.mkdir(exist_ok=True)
-    if plan.tokenizer.is_dir():
-        folders.copy_tokenizer(plan.tokenizer, target / "tokenizer")
-    else:
-        folders.write_tokenizer(plan.tokenizer, target / "tokenizer", plan.max_text_tokens)
+
+    def tokenizer(part: Path) -> None:
+        if plan.tokenizer.is_dir():
+            folders.copy_tokenizer(plan.tokenizer, part)
+        else:
+            folders.write_tokenizer(plan.tokenizer, part, plan.max_text_tokens)
+
+    for kind in plan.networks:
+        if (target / kind).exists():
+            done.skip(len(entries[kind]))
+        _whole(workdir, target / kind, functools.partial(network, kind))
+    _whole(workdir, target / "tokenizer", tokenizer)
     folders.write_pipeline_files(target, plan.pieces)
     target.rename(whole)
     return {"direction": "export", "num_tensors": num_tensors, "folder": str(whole)}

@@ -6,12 +6,12 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from cogvideox_jax.models.vae import VAE
 from cogvideox_jax.parallel import mesh as meshes
+from cogvideox_jax.pipeline import sample_keys
 from cogvideox_jax.steps.vae import reconstruct
 from cogvideox_jax.tasks import generate
-from cogvideox_jax.train import checkpoint, metrics
-from cogvideox_jax.train.workdir import read_config, write_json
+from cogvideox_jax.train import metrics
+from cogvideox_jax.train.workdir import write_json
 from data import pipeline, records, transforms
 
 
@@ -48,19 +48,18 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         ]
     )
     texts = [clip["caption"] for clip in clips]
-    vae = VAE(**read_config(Path(config.vae), made_by="the train_vae task")["model"])
     progress = metrics.Progress(len(clips), "evaluate clip")
     rows = []
+    generator = generate.Generator(config, mesh)
+    generated: list[np.ndarray] = []
+    for first in range(0, len(texts), config.batch_size):
+        part = [generate.Request(text, None) for text in texts[first : first + config.batch_size]]
+        generated.extend(generator(part, sample_keys(config.seed, first, len(part))))
+        progress.update(len(generated))
     with meshes.use(mesh):
-        vae_params = checkpoint.restore_item(Path(config.vae), "ema", mesh)
-        generator = generate.Generator(config, mesh)
-        generated: list[np.ndarray] = []
-        for first in range(0, len(texts), config.batch_size):
-            part = texts[first : first + config.batch_size]
-            generated.extend(generator(part, generate.sample_keys(config.seed, first, len(part))))
-            progress.update(len(generated))
         for i, clip in enumerate(clips):
-            reconstruction, psnr = reconstruct(vae_params, transforms.normalize(videos[i])[None], vae=vae)
+            pixels = transforms.normalize(videos[i])[None]
+            reconstruction, psnr = reconstruct(generator.pipeline.vae_params, pixels, vae=generator.pipeline.vae)
             nearest, distances = nearest_clip(generated[i], videos)
             for kind, frames in (
                 ("original", videos[i]),

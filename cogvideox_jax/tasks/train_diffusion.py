@@ -7,6 +7,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from cogvideox_jax.core import rope, timesteps
 from cogvideox_jax.core.errors import InputError
 from cogvideox_jax.models import transformer
 from cogvideox_jax.parallel import mesh as meshes
@@ -23,6 +24,14 @@ def _latent_shape(config: ConfigDict) -> tuple[int, int, int]:
 
 def check(config: ConfigDict, workdir: Path) -> None:
     """Refuse latents that the patches do not divide, a text length that was not encoded, and meshes that do not fit."""
+    for name, known in (
+        ("compute_dtype", ("float32", "bfloat16")),
+        ("remat", tuple(transformer.REMAT)),
+        ("position_rule", rope.RULES),
+        ("timestep_sampling", tuple(timesteps.SAMPLERS)),
+    ):
+        if config[name] not in known:
+            raise InputError(f"config.{name}={config[name]!r}: choose one of {', '.join(known)}")
     model = transformer.Transformer(**config.model)
     read_json(Path(config.encoded) / "stats.json", made_by="the encode task")
     t, h, w = _latent_shape(config)
@@ -35,16 +44,21 @@ def check(config: ConfigDict, workdir: Path) -> None:
     meshes.start(config.mesh.simulated_devices)
     mesh = meshes.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.sequence)
     tokens = transformer.num_tokens(model, (t, h, w))
-    meshes.check_divisible(mesh, batch_size=config.batch_size, tokens=tokens)
+    if config.accumulate < 1 or config.batch_size % config.accumulate:
+        raise InputError(
+            f"config.accumulate={config.accumulate} does not divide batch_size={config.batch_size}: choose a divisor"
+        )
+    meshes.check_divisible(mesh, batch_size=config.batch_size // config.accumulate, tokens=tokens)
 
 
 def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     """Train from the newest checkpoint, or from scratch, to config.num_steps."""
     mesh = meshes.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.sequence)
-    model = transformer.Transformer(**config.model)
+    model = transformer.Transformer(**config.model, dtype=jax.numpy.dtype(config.compute_dtype), remat=config.remat)
     opt = optimizer.adamw(**config.optimizer, num_steps=config.num_steps)
     key_init, key = jax.random.split(jax.random.key(config.seed))
     latent_shape = _latent_shape(config)
+    grid = steps.positions(model, latent_shape, rule=config.position_rule, base=config.position_base)
     folder = Path(config.encoded) / "records"
     scaling_factor = read_json(Path(config.encoded) / "stats.json", made_by="the encode task")["scaling_factor"]
 
@@ -62,19 +76,22 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
             batch_size=config.batch_size,
             seed=config.seed,
             start_step=first,
+            rows=meshes.local_rows(mesh, config.batch_size),
         )
-        writer = metrics.MetricsWriter(workdir / "metrics.jsonl", resume_step=first)
+        writer = metrics.MetricsWriter(workdir / "metrics.jsonl", resume_step=first, active=meshes.is_first())
         progress = metrics.Progress(config.num_steps, "train_diffusion step")
         since = time.monotonic()
         for step in range(first + 1, config.num_steps + 1):
-            batch = meshes.global_batch(next(batches), mesh)
+            batch = meshes.global_batch(next(batches), mesh, config.batch_size)
             train, logs = steps.train_step(
                 train,
                 batch,
                 key,
+                grid,
                 model=model,
                 optimizer=opt,
                 ema_decay=config.ema_decay,
+                accumulate=config.accumulate,
                 scaling_factor=scaling_factor,
                 snr_shift_scale=config.snr_shift_scale,
                 timestep_sampling=config.timestep_sampling,

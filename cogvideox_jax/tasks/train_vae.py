@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from cogvideox_jax.core import video
+from cogvideox_jax.core.errors import InputError
 from cogvideox_jax.models.vae import VAE
 from cogvideox_jax.parallel import mesh as meshes
 from cogvideox_jax.parallel.sharding import place
@@ -19,17 +20,20 @@ from data import pipeline
 
 def check(config: ConfigDict, workdir: Path) -> None:
     """Refuse sizes, records and meshes that cannot work."""
+    if config.compute_dtype not in ("float32", "bfloat16"):
+        raise InputError(f"config.compute_dtype={config.compute_dtype!r}: choose one of float32, bfloat16")
     video.latent_shape(config.num_frames, config.height, config.width, patch_size=1)
     pipeline.check_clips(Path(config.records), config.num_frames)
     meshes.start(config.mesh.simulated_devices)
     mesh = meshes.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.sequence)
     meshes.check_divisible(mesh, batch_size=config.batch_size)
+    video.check_sequence(config.num_frames, config.mesh.sequence)
 
 
 def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     """Train from the newest checkpoint, or from scratch, to config.num_steps."""
     mesh = meshes.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.sequence)
-    vae = VAE(**config.model)
+    vae = VAE(**config.model, dtype=jnp.dtype(config.compute_dtype), remat=config.remat)
     opt = optimizer.adamw(**config.optimizer, num_steps=config.num_steps)
     key_init, key = jax.random.split(jax.random.key(config.seed))
 

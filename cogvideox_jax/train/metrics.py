@@ -9,9 +9,15 @@ from absl import logging
 
 
 class MetricsWriter:
-    """Appends one JSON object per logged step to a file. Resuming at a step drops the rows after it."""
+    """Appends one JSON object per logged step to a file. Resuming at a step drops the rows after it.
 
-    def __init__(self, path: Path, *, resume_step: int = 0):
+    Of several processes one is `active`; the others write nothing.
+    """
+
+    def __init__(self, path: Path, *, resume_step: int = 0, active: bool = True):
+        self._file = None
+        if not active:
+            return
         rows = read_metrics(path)
         kept = [row for row in rows if row["step"] <= resume_step]
         if len(kept) != len(rows) or not path.exists():
@@ -22,11 +28,14 @@ class MetricsWriter:
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """Write and flush one row; `step` counts finished steps."""
+        if self._file is None:
+            return
         self._file.write(json.dumps({"step": step, **{k: float(v) for k, v in scalars.items()}}) + "\n")
         self._file.flush()
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:

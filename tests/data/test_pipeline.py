@@ -133,3 +133,21 @@ def test_fingerprint(clips, latents):
     assert pipeline.fingerprint(clips)["builder"] == "clips"
     assert pipeline.fingerprint(clips)["num_records"] == 5
     assert pipeline.fingerprint(clips)["digest"] != pipeline.fingerprint(latents)["digest"]
+
+
+def test_processes_load_the_rows_of_one_batch(latents):
+    def indices(rows):
+        batches = pipeline.diffusion_batches(latents, batch_size=4, seed=1, start_step=2, rows=rows)
+        return [batch["index"].tolist() for batch in take(batches, 3)]
+
+    whole = indices(None)
+    assert len({tuple(row) for row in whole}) == 3
+    for rows in ([0, 1], [2, 3], [1, 3], [0, 1, 2, 3]):
+        assert indices(rows) == [[batch[i] for i in rows] for batch in whole]
+
+
+def test_random_windows_do_not_depend_on_the_process(clips):
+    whole = take(pipeline.vae_batches(clips, **VAE | {"batch_size": 4}, start_step=0), 4)
+    part = take(pipeline.vae_batches(clips, **VAE | {"batch_size": 4}, start_step=0, rows=[1, 3]), 4)
+    for a, b in zip(whole, part, strict=True):
+        np.testing.assert_array_equal(a["video"][[1, 3]], b["video"])

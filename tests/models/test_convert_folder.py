@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from cogvideox_jax.core.errors import InputError
+from cogvideox_jax.models.convert import configs, table
 from cogvideox_jax.models.convert import folder as folders
-from cogvideox_jax.models.convert import table
 from cogvideox_jax.models.convert.files import open_tensors
 from configs import models
 from tests.models import folders as samples
@@ -87,14 +87,14 @@ def test_configs_come_back_as_the_reference_wrote_them(name):
 @pytest.mark.parametrize("variant", samples.VARIANTS)
 def test_small_variants_come_back(variant):
     config = samples.tiny_transformer(variant)
-    assert folders.transformer_to(folders.transformer_from(config, "x")) == config
+    assert configs.transformer_to(configs.transformer_from(config, "x")) == config
 
 
 def test_a_config_that_leaves_keys_out_means_the_defaults():
-    piece = folders.transformer_from({"_class_name": "CogVideoXTransformer3DModel"}, "x")
-    assert piece == folders.transformer_from(samples.config("transformer_2b"), "x")
-    piece = folders.vae_from({"_class_name": "AutoencoderKLCogVideoX"}, "x")
-    assert piece == folders.vae_from(samples.config("vae"), "x")
+    piece = configs.transformer_from({"_class_name": "CogVideoXTransformer3DModel"}, "x")
+    assert piece == configs.transformer_from(samples.config("transformer_2b"), "x")
+    piece = configs.vae_from({"_class_name": "AutoencoderKLCogVideoX"}, "x")
+    assert piece == configs.vae_from(samples.config("vae"), "x")
 
 
 REFUSED = [
@@ -151,15 +151,15 @@ def test_a_text_encoder_that_says_nothing_is_not_v1_1():
     config = samples.config("t5_v1_1_xxl_encoder")
     del config["feed_forward_proj"]
     with pytest.raises(InputError, match="feed_forward_proj = 'relu'"):
-        folders.t5_from(config, "x")
+        configs.t5_from(config, "x")
 
 
 def test_schedulers():
-    for sampler, name in folders.SAMPLERS.items():
+    for sampler, name in configs.SAMPLERS.items():
         config = samples.scheduler(_class_name=name)
-        piece = folders.scheduler_from(config, "x")
+        piece = configs.scheduler_from(config, "x")
         assert piece == {"sampler": sampler, "snr_shift_scale": 3.0, "timestep_spacing": "linspace"}
-        assert folders.scheduler_to(piece) == config | {"_diffusers_version": "0.42.1"}
+        assert configs.scheduler_to(piece) == config | {"_diffusers_version": "0.42.1"}
     for change, words in (
         ({"prediction_type": "epsilon"}, "prediction_type = 'epsilon'"),
         ({"rescale_betas_zero_snr": False}, "rescale_betas_zero_snr = False"),
@@ -169,12 +169,12 @@ def test_schedulers():
         ({"use_karras_sigmas": True}, "unknown key use_karras_sigmas"),
     ):
         with pytest.raises(InputError, match=words):
-            folders.scheduler_from(samples.scheduler(**change), "x")
+            configs.scheduler_from(samples.scheduler(**change), "x")
     # left out, these have diffusers' defaults, which are not CogVideoX's
     config = samples.scheduler()
     del config["prediction_type"]
     with pytest.raises(InputError, match="prediction_type = 'epsilon'"):
-        folders.scheduler_from(config, "x")
+        configs.scheduler_from(config, "x")
 
 
 @pytest.fixture(scope="module")
@@ -209,17 +209,6 @@ def test_an_incomplete_pipeline_is_refused(pipeline, tmp_path, remove, words):
     with pytest.raises(InputError) as error:
         folders.read_pipeline(copy)
     assert words in str(error.value)
-
-
-def test_a_tokenizer_may_be_of_transformers_5(pipeline, tmp_path):
-    copy = shutil.copytree(pipeline, tmp_path / "copy")
-    (copy / "tokenizer" / "spiece.model").rename(copy / "tokenizer" / "tokenizer.json")
-    folders.read_pipeline(copy)
-    folders.copy_tokenizer(copy / "tokenizer", tmp_path / "tokenizer")
-    assert sorted(path.name for path in (tmp_path / "tokenizer").iterdir()) == [
-        "tokenizer.json",
-        "tokenizer_config.json",
-    ]
 
 
 def test_another_pipeline_is_refused(pipeline, tmp_path):
@@ -331,7 +320,7 @@ def test_float16_may_not_overflow():
 def test_a_written_network_is_what_was_given(tiny, tmp_path):
     entries, shapes, tensors = tiny
     config = samples.tiny_transformer("5b_i2v")
-    piece = folders.transformer_from(config, "x")
+    piece = configs.transformer_from(config, "x")
     params = table.to_params(entries, tensors, shapes)
     target = tmp_path / "transformer"
     names = []
@@ -350,6 +339,6 @@ def test_a_written_network_is_what_was_given(tiny, tmp_path):
 def test_parameters_of_another_network_are_not_written(tiny, tmp_path):
     entries, shapes, tensors = tiny
     params = table.to_params(entries, tensors, shapes)
-    piece = folders.transformer_from(samples.tiny_transformer("5b"), "x")
+    piece = configs.transformer_from(samples.tiny_transformer("5b"), "x")
     with pytest.raises(InputError, match=r"pos_embed is .*expected none"):
         folders.write_network("transformer", tmp_path, piece, params)

@@ -135,3 +135,39 @@ def test_what_is_missing_is_not_read_as_zeros(tmp_path):
     shutil.rmtree(tmp_path / "tree" / "ocdbt.process_0", ignore_errors=True)
     with pytest.raises(InputError, match="cannot be read"):
         jax.tree.map(np.asarray, trees.open_tree(tmp_path / "tree"))
+
+
+def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch):
+    """Neither when a leaf cannot be read, nor when the disk is full with other writes still under way."""
+
+    def broken(layer: int) -> np.ndarray:
+        if layer == 2:
+            raise InputError("the source ends here")
+        return KERNEL[layer]
+
+    tree = LEAVES | {"z": Leaf(KERNEL.shape, KERNEL.dtype, broken, stacked=True)}
+    with pytest.raises(InputError, match="the source ends here"):
+        trees.write_tree(tmp_path / "tree", tree)
+    assert not list(tmp_path.iterdir())
+    # a tree beside it stays
+    (tmp_path / "tree2.orbax-checkpoint-tmp").mkdir()
+    waited = []
+
+    class Write:
+        def __init__(self, number):
+            self.number = number
+
+        def exception(self):
+            waited.append(self.number)
+
+        def result(self):
+            raise ValueError("RESOURCE_EXHAUSTED: ... No space left on device [os_error_code='28']")
+
+    async def write(self, value, tspec, ts_context):
+        self._writes.append(Write(len(self._writes)))
+
+    monkeypatch.setattr(trees._InParts, "_open_and_write", write)
+    with pytest.raises(ValueError, match="No space left"):
+        trees.write_tree(tmp_path / "tree", LEAVES)
+    assert waited == [0, 1, 2]
+    assert [path.name for path in tmp_path.iterdir()] == ["tree2.orbax-checkpoint-tmp"]

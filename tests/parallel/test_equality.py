@@ -30,6 +30,7 @@ batch = {{
 fields = dict(scaling_factor=0.7, snr_shift_scale=1.0, timestep_sampling="explicit_uniform", text_dropout=0.3)
 optimizer = optax.adam(1e-2)
 key = jax.random.key(1)
+grid = diffusion.positions(model, (3, 4, 6), rule="integer", base=(2, 3))
 outcome = []
 for shape in ((1, 1, 1), (2, 2, 2)):
     devices = np.array(jax.devices()[: int(np.prod(shape))]).reshape(shape)
@@ -39,7 +40,7 @@ for shape in ((1, 1, 1), (2, 2, 2)):
         shardings = place(jax.eval_shape(init), mesh)
         train = jax.jit(init, out_shardings=shardings)()
         placed = meshes.global_batch(batch, mesh)
-        grad = jax.jit(jax.grad(lambda p, b: diffusion.objective(p, model, b, key, **fields)[0]))
+        grad = jax.jit(jax.grad(lambda p, b: diffusion.objective(p, model, diffusion.draw(b, key, **fields), grid)[0]))
         gradients = jax.device_get(grad(train.params, placed))
         if shape == (2, 2, 2):
             kernel = train.params["blocks"]["mlp_up"]["kernel"]
@@ -48,7 +49,9 @@ for shape in ((1, 1, 1), (2, 2, 2)):
             assert "all-to-all" in text or not {exchanged}, "heads that divide are exchanged for tokens"
         losses = []
         for _ in range(3):
-            train, logs = diffusion.train_step(train, placed, key, model=model, optimizer=optimizer, ema_decay=0.9, **fields)
+            train, logs = diffusion.train_step(
+                train, placed, key, grid, model=model, optimizer=optimizer, ema_decay=0.9, accumulate=2, **fields
+            )
             losses.append(float(logs["loss"]))
         outcome.append((losses, gradients, jax.device_get(train.ema)))
 (losses, gradients, ema), (losses2, gradients2, ema2) = outcome

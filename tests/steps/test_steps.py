@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,6 +25,7 @@ MODEL = transformer.Transformer(
     zero_modulation=False,
 )
 SHAPE = (2, 4, 4)
+GRID = diffusion.positions(MODEL, SHAPE, rule="integer", base=(2, 2))
 FIELDS = {
     "scaling_factor": 0.7,
     "snr_shift_scale": 1.0,
@@ -49,8 +52,24 @@ def batch():
     }
 
 
-def loss(params, batch, **changes):
-    return float(diffusion.objective(params, MODEL, batch, jax.random.key(3), **FIELDS | changes)[0])
+def loss(params, batch, grid=GRID, **changes):
+    drawn = diffusion.draw(batch, jax.random.key(3), **FIELDS | changes)
+    return float(diffusion.objective(params, MODEL, drawn, grid)[0])
+
+
+def step(params, batch, *, optimizer, model=MODEL, accumulate=1):
+    train = state.create(jax.tree.map(jnp.copy, params), optimizer)
+    return diffusion.train_step(
+        train,
+        batch,
+        jax.random.key(0),
+        GRID,
+        model=model,
+        optimizer=optimizer,
+        ema_decay=0.99,
+        accumulate=accumulate,
+        **FIELDS,
+    )
 
 
 def test_the_objective_is_the_velocity_error(params, batch):
@@ -71,6 +90,12 @@ def test_text_matters_and_dropped_text_does_not(params, batch):
     assert loss(params, batch, text_dropout=1.0) == pytest.approx(loss(params, zeros), rel=1e-6)
 
 
+def test_positions_matter(params, batch):
+    fitted = diffusion.positions(MODEL, SHAPE, rule="linspace", base=(6, 6))
+    assert np.abs(fitted - GRID).max() > 1
+    assert loss(params, batch) != pytest.approx(loss(params, batch, fitted), rel=1e-4)
+
+
 def test_latents_are_sampled_from_the_posterior(params, batch):
     wide = batch | {"logvar": np.zeros_like(batch["logvar"])}
     assert loss(params, batch) != pytest.approx(loss(params, wide), rel=1e-3)
@@ -82,12 +107,50 @@ def test_a_step_depends_on_its_number_and_lowers_the_loss(params, batch):
     losses = []
     for _ in range(40):
         train, logs = diffusion.train_step(
-            train, batch, jax.random.key(0), model=MODEL, optimizer=opt, ema_decay=0.99, **FIELDS
+            train, batch, jax.random.key(0), GRID, model=MODEL, optimizer=opt, ema_decay=0.99, accumulate=1, **FIELDS
         )
         losses.append(float(logs["loss"]))
     assert int(train.step) == 40
     assert len({round(value, 5) for value in losses}) == 40
     assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:10])
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_a_batch_in_parts_gives_the_whole_batch_s_update(params, batch, parts):
+    whole, logs = step(params, batch, optimizer=optax.sgd(1.0))
+    train, logs_in_parts = step(params, batch, optimizer=optax.sgd(1.0), accumulate=parts)
+    for name in ("loss", "grad_norm"):
+        assert float(logs_in_parts[name]) == pytest.approx(float(logs[name]), rel=1e-5)
+    for a, b in zip(jax.tree.leaves(whole.params), jax.tree.leaves(train.params), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5 * float(logs["grad_norm"]))
+
+
+@pytest.mark.parametrize("remat", [name for name in transformer.REMAT if name != "nothing"])
+def test_what_the_backward_pass_computes_again_changes_no_number(params, batch, remat):
+    model = dataclasses.replace(MODEL, remat=remat)
+    expected, logs = step(params, batch, optimizer=optax.sgd(1.0))
+    train, _ = step(params, batch, optimizer=optax.sgd(1.0), model=model)
+    for a, b in zip(jax.tree.leaves(expected.params), jax.tree.leaves(train.params), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5 * float(logs["grad_norm"]))
+
+
+def test_moments_in_bfloat16_take_half_the_memory_and_the_same_way(params, batch):
+    fields = dict(learning_rate=1e-3, warmup_steps=0, num_steps=10, final_fraction=1.0, weight_decay=0.0)
+    fields |= dict(b1=0.9, b2=0.95, eps=1e-8, clip_norm=1.0)
+    outcome = {}
+    for dtype in ("float32", "bfloat16"):
+        opt = optimizer.adamw(**fields, moment_dtype=dtype)
+        train, _ = step(params, batch, optimizer=opt)
+        outcome[dtype] = train
+    bytes_of = {name: sum(leaf.nbytes for leaf in jax.tree.leaves(t.opt_state)) for name, t in outcome.items()}
+    assert bytes_of["bfloat16"] < 0.51 * bytes_of["float32"]
+    moved = [
+        np.concatenate(
+            [np.ravel(a - b) for a, b in zip(jax.tree.leaves(t.params), jax.tree.leaves(params), strict=True)]
+        )
+        for t in outcome.values()
+    ]
+    assert np.corrcoef(*moved)[0, 1] > 0.999
 
 
 def test_the_moving_average_warms_up():
@@ -117,12 +180,12 @@ def sample(params):
     context = rng.normal(size=(3, 6, 12)).astype(np.float32)
     keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(5), i))(np.arange(3))
 
-    def run(which, scale=3.0):
+    def run(which, scale=3.0, *, guided=True):
         which = np.array(which)
         scales = np.full(3, scale, np.float32)
-        zeros = np.zeros((len(which), 6, 12), np.float32)
+        zeros = np.zeros((1, 6, 12), np.float32) if guided else None
         out = generate.denoise(
-            params, context[which], zeros, keys[which], coefficients, scales, model=MODEL, latent_shape=SHAPE
+            params, context[which], zeros, keys[which], coefficients, scales, GRID, model=MODEL, latent_shape=SHAPE
         )
         return np.asarray(out)
 
@@ -137,6 +200,7 @@ def test_a_video_does_not_depend_on_its_batch(sample):
 
 def test_guidance_moves_away_from_the_unconditional_branch(sample):
     assert np.abs(sample([0], 1.0) - sample([0], 3.0)).max() > 1e-3
+    np.testing.assert_allclose(sample([0], 1.0), sample([0], guided=False), atol=1e-5)
 
 
 def test_vae_step_learns_and_its_reconstruction_is_clipped():

@@ -1,7 +1,9 @@
 """The conversion task on small folders: in, out again, and what it refuses."""
 
+import errno
 import json
 import logging
+import os
 import pickle
 import shutil
 import subprocess
@@ -16,8 +18,8 @@ import pytest
 
 from cogvideox_jax.core.errors import InputError
 from cogvideox_jax.models import t5
+from cogvideox_jax.models.convert import configs, table, trees
 from cogvideox_jax.models.convert import folder as folders
-from cogvideox_jax.models.convert import table, trees
 from cogvideox_jax.models.convert.files import open_tensors, write_tensors
 from cogvideox_jax.parallel import mesh as meshes
 from cogvideox_jax.tasks import convert
@@ -26,6 +28,7 @@ from cogvideox_jax.train.workdir import tuples
 from configs.convert import get_config
 from tests.models import folders as samples
 from tests.models.test_convert_files import Bomb
+from tests.models.test_convert_tokenizer import same_ids, tokenizer_json
 from tests.models.test_t5x import encoder, to_t5x, write_native
 
 ROOT = Path(__file__).parents[2]
@@ -168,19 +171,26 @@ def trained(tmp_path_factory) -> Path:
         "vae": {"task": "train_vae", "model": vae},
         "encode": {
             "task": "encode",
-            "text_encoder": {"model": encoder_fields, "seed": 0},
+            "text_encoder": {"source": "", "model": encoder_fields, "seed": 0},
+            "vae": "not/used/where/the/run/has/its/own",
             "vocabulary": str(samples.VOCABULARY),
             "max_text_tokens": 6,
             "num_frames": 9,
             "height": 64,
             "width": 96,
         },
-        "diffusion": {"task": "train_diffusion", "model": model, "snr_shift_scale": 1.0},
+        "diffusion": {
+            "task": "train_diffusion",
+            "model": model,
+            "snr_shift_scale": 1.0,
+            "position_rule": "integer",
+            "position_base": [30, 45],
+        },
     }
     for stage, config in configs.items():
         (root / stage).mkdir()
         (root / stage / "config.json").write_text(json.dumps(config))
-    (root / "encode" / "stats.json").write_text(json.dumps({"scaling_factor": 0.625}))
+    (root / "encode" / "stats.json").write_text(json.dumps({"scaling_factor": 0.625, "chunk_frames": None}))
     shapes = {
         "vae": folders.NETWORKS["vae"].shapes(vae | {"channels": (8, 16, 16, 32)}),
         "diffusion": folders.NETWORKS["transformer"].shapes(model),
@@ -253,7 +263,7 @@ def test_other_sources_are_refused(pipeline, trained, tmp_path):
     refused(next((pipeline / "vae").glob("*.safetensors")), "is a file: give the folder that it lies in")
     stage = tmp_path / "stage"
     shutil.copytree(trained / "vae", stage)
-    refused(stage, "is one stage: give the folder that holds vae, encode, diffusion")
+    refused(stage, "is one stage: give the folder that holds encode, diffusion")
     copy = shutil.copytree(trained, tmp_path / "copy")
     shutil.rmtree(copy / "vae" / "checkpoints")
     refused(copy, "holds no checkpoint")
@@ -297,13 +307,119 @@ def test_a_full_disk_is_foreseen(pipeline, tmp_path, monkeypatch):
         run(pipeline, tmp_path / "run")
 
 
+FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+# as tensorstore says it
+EXHAUSTED = ValueError(
+    f"RESOURCE_EXHAUSTED: Failed to write 1138 bytes to file 7: {FULL.strerror} [os_error_code='28']"
+)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("error", [FULL, EXHAUSTED], ids=lambda error: type(error).__name__)
+def test_a_disk_that_fills_up_during_an_import(pipeline, imported, tmp_path, monkeypatch, error):
+    write = trees._InParts._open_and_write
+
+    async def full(self, value, tspec, ts_context):
+        if "/vae." in str(tspec):
+            raise error
+        await write(self, value, tspec, ts_context)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trees._InParts, "_open_and_write", full)
+        with pytest.raises(
+            InputError, match=r"the disk filled up: --workdir=.* GB left, 0\.0 GB are needed in all"
+        ) as got:
+            run(pipeline, tmp_path)
+    assert str(tmp_path) in str(got.value)
+    assert "\n" not in str(got.value)
+    # the network that was whole is kept, and the next run goes on after it
+    assert names(tmp_path) == ["transformer"]
+    run(pipeline, tmp_path)
+    assert names(tmp_path) == names(imported)
+
+
+def test_a_disk_that_fills_up_at_the_end_of_an_import(pipeline, imported, tmp_path, monkeypatch):
+    def full(source, target):
+        Path(target).write_bytes(b"half")
+        raise FULL
+
+    with monkeypatch.context() as patch:
+        patch.setattr(folders.shutil, "copyfile", full)
+        with pytest.raises(InputError, match="the disk filled up"):
+            run(pipeline, tmp_path)
+    assert names(tmp_path) == ["text_encoder", "transformer", "vae"]
+    run(pipeline, tmp_path)
+    assert (tmp_path / "tokenizer" / "spiece.model").read_bytes() == samples.VOCABULARY.read_bytes()
+    assert names(tmp_path) == names(imported)
+
+
+@pytest.mark.parametrize("place", ["weights", "configs"])
+def test_a_disk_that_fills_up_during_an_export(imported, tmp_path, monkeypatch, place):
+    pwrite, write_text, count = os.pwrite, Path.write_text, []
+
+    def full_pwrite(descriptor, values, start):
+        count.append(start)
+        if place == "weights" and len(count) > 120:
+            raise FULL
+        return pwrite(descriptor, values, start)
+
+    def full_text(path, text):
+        write_text(path, text[:10])
+        if place == "configs" and path.name == "scheduler_config.json.tmp":
+            raise FULL
+        return write_text(path, text)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", full_pwrite)
+        patch.setattr(Path, "write_text", full_text)
+        with pytest.raises(InputError, match="the disk filled up: --workdir="):
+            run(imported, tmp_path)
+    assert names(tmp_path) == ["diffusers.tmp"]
+    whole = ["transformer"] if place == "weights" else ["scheduler", "text_encoder", "tokenizer", "transformer", "vae"]
+    assert names(tmp_path / "diffusers.tmp") == whole
+    assert not list((tmp_path / "diffusers.tmp").rglob("*.tmp"))
+    run(imported, tmp_path)
+    assert names(tmp_path) == ["diffusers"]
+    folders.read_pipeline(tmp_path / "diffusers")
+
+
+def test_another_error_stays_what_it_is(pipeline, tmp_path, monkeypatch):
+    async def broken(self, value, tspec, ts_context):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(trees._InParts, "_open_and_write", broken)
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        run(pipeline, tmp_path)
+    assert names(tmp_path) == []
+
+
+def test_a_tokenizer_of_transformers_5_comes_in_and_out(pipeline, tmp_path):
+    copy = shutil.copytree(pipeline, tmp_path / "copy")
+    (copy / "tokenizer" / "spiece.model").unlink()
+    given = json.dumps(tokenizer_json(samples.VOCABULARY.read_bytes()), indent=1)
+    (copy / "tokenizer" / "tokenizer.json").write_text(given)
+    run(copy, tmp_path / "in")
+    assert names(tmp_path / "in" / "tokenizer") == ["spiece.model", "tokenizer.json", "tokenizer_config.json"]
+    same_ids((tmp_path / "in" / "tokenizer" / "spiece.model").read_bytes())
+    run(tmp_path / "in", tmp_path / "out")
+    for path in (copy / "tokenizer").iterdir():
+        assert (tmp_path / "out" / "diffusers" / "tokenizer" / path.name).read_bytes() == path.read_bytes()
+    (copy / "tokenizer" / "tokenizer.json").write_text(given.replace("Unigram", "BPE"))
+    with pytest.raises(InputError, match="model is 'BPE', expected Unigram"):
+        run(copy, tmp_path / "refused")
+    assert not (tmp_path / "refused").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)  # writes and reads ten gigabytes: minutes on a busy machine
 def test_a_2b_model_passes_through_five_gigabytes_both_ways(tmp_path):
     source = samples.write_pipeline(tmp_path / "source", "2b")
     shutil.rmtree(source / "transformer")
     config = samples.config("transformer_2b")
-    piece = folders.transformer_from(config, "2b")
+    piece = configs.transformer_from(config, "2b")
     network = folders.NETWORKS["transformer"]
     layout = table.layout(network.entries(piece["model"]), network.shapes(piece["model"]), ml_dtypes.bfloat16)
     rng = np.random.default_rng(0)

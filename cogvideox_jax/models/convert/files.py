@@ -77,7 +77,8 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _parse(text: bytes, where: str) -> dict[str, Any]:
+def parse_json(text: bytes | str, where: str) -> dict[str, Any]:
+    """A JSON object from foreign text. Raises InputError where it is broken, nested too deeply, or has a key twice."""
     try:
         value = json.loads(text, object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
@@ -94,7 +95,7 @@ def read_json(path: Path) -> dict[str, Any]:
         size = path.stat().st_size
         if size > _MAX_JSON:
             raise InputError(f"{path} has {size} bytes, more than the {_MAX_JSON} that such a file may have: {_AGAIN}")
-        return _parse(path.read_bytes(), str(path))
+        return parse_json(path.read_bytes(), str(path))
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}): give a complete folder") from None
 
@@ -151,7 +152,7 @@ def open_file(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
                     f"{path} has {size} bytes and its header would have {length}: it is cut short or no safetensors file; "
                     f"{_AGAIN}"
                 )
-            header = _parse(file.read(length), f"the header of {path}")
+            header = parse_json(file.read(length), f"the header of {path}")
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}): give a .safetensors file") from None
     metadata = header.pop("__metadata__", {})

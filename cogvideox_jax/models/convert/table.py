@@ -118,11 +118,15 @@ def layout(entries: list[Entry], shapes: Any, dtype: Any = None) -> dict[str, Sp
 
 
 def check(entries: list[Entry], tensors: Mapping[str, Any], shapes: Any, *, source: str) -> None:
-    """Refuse tensors that are not those of the table, by their names, shapes and dtypes alone.
+    """Refuse tensors that are not those of the table, by their names, shapes and dtypes alone (errors as in `compare`)."""
+    compare(layout(entries, shapes), tensors, source=source)
+
+
+def compare(expected: Mapping[str, Spec], tensors: Mapping[str, Any], *, source: str) -> None:
+    """Refuse tensors whose names or shapes are not the expected ones, or that are no floats; the float's width is free.
 
     Raises InputError listing what is missing, unknown, misshapen or no float: at most ten each, with the nearest name.
     """
-    expected = layout(entries, shapes)
     missing, unknown = expected.keys() - tensors.keys(), tensors.keys() - expected.keys()
     wrong, no_float = [], []
     for name in expected.keys() & tensors.keys():

@@ -4,7 +4,9 @@ Orbax's own save and restore hold a whole tree. What is written here is an ordin
 reads it), and any Orbax tree is read here.
 """
 
+import glob
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +114,17 @@ class _InParts(ocp.type_handlers.NumpyHandler):
         self._writes.clear()
 
     async def serialize(self, values: Any, infos: Any, args: Any = None) -> list:
+        try:
+            await self._serialize(values, infos, args)
+        finally:
+            for (
+                write
+            ) in self._writes:  # still under way after an error: files would appear behind the back of a clean-up
+                write.exception()
+            self._writes.clear()
+        return []
+
+    async def _serialize(self, values: Any, infos: Any, args: Any) -> None:
         groups: list[list[int]] = []
         held = TOGETHER
         for i, value in enumerate(values):
@@ -125,7 +138,6 @@ class _InParts(ocp.type_handlers.NumpyHandler):
             for future in await super().serialize(*rows):
                 future.result()
             self._wait()
-        return []
 
     async def _open_and_write(self, value: Leaf, tspec: dict[str, Any], ts_context: ts.Context) -> None:
         # the one method of Orbax's that is overridden though it is private: between its specification of an array, which is
@@ -148,6 +160,8 @@ def _nbytes(shape: tuple[int, ...], leaf: Any) -> int:
 def write_tree(folder: Path, tree: Any) -> None:
     """Write a tree of `Leaf` as an Orbax tree, whole or not at all. At most TOGETHER bytes, or one layer, are in memory.
 
+    An error while writing leaves nothing; a process that is killed leaves FOLDER.orbax-checkpoint-tmp*.
+
     Stacked leaves get a chunk per layer, so that they can be read by the layer too.
     """
     # Orbax warns about a registry without a handler of jax arrays
@@ -156,8 +170,14 @@ def write_tree(folder: Path, tree: Any) -> None:
     )
     handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
     save_args = jax.tree.map(lambda leaf: ocp.SaveArgs(shard_axes=(0,) if leaf.stacked else ()), tree)
-    with ocp.Checkpointer(handler) as checkpointer:
-        checkpointer.save(folder.resolve(), args=ocp.args.PyTreeSave(tree, save_args))
+    folder = folder.resolve()
+    try:
+        with ocp.Checkpointer(handler) as checkpointer:
+            checkpointer.save(folder, args=ocp.args.PyTreeSave(tree, save_args))
+    except BaseException:
+        for path in folder.parent.glob(glob.escape(folder.name) + ".orbax-checkpoint-tmp*"):
+            shutil.rmtree(path, ignore_errors=True)
+        raise
 
 
 def count_bytes(tree: Any, dtype: Any = None) -> int:
