@@ -1,6 +1,10 @@
 """What the parity tests share: random weights that hide nothing, and the measure of agreement."""
 
+import contextlib
+import copy
+from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import jax
 import numpy as np
@@ -36,6 +40,11 @@ def params_of(kind: str, fields: dict[str, Any], module: Any) -> Any:
     )
 
 
+def named(kind: str, fields: dict[str, Any], params: Any) -> dict[str, np.ndarray]:
+    """Our tree (parameters, gradients) under their names and in their layout: `params_of` backwards."""
+    return dict(table.to_tensors(folder.NETWORKS[kind].entries(fields), params))
+
+
 def config_of(module: Any) -> dict[str, Any]:
     """A diffusers module's config as its config.json has it."""
     return {name: list(v) if isinstance(v, tuple) else v for name, v in module.config.items() if name[0] != "_"} | {
@@ -53,8 +62,45 @@ def error(got: Any, expected: Any) -> float:
     return float(np.abs(got - expected).max() / rms)
 
 
-def close(got: Any, expected: Any, what: str) -> None:
-    """At most BOUND; printed, so that `pytest -rP` reports the figures."""
+@contextlib.contextmanager
+def float64(torch: Any, module: Any) -> Iterator[Any]:
+    """A copy of the module that computes in float64, where the reference asks for float32 (`x.float()`) too.
+
+    What float32 itself costs is `error(module(x), copy(x.double()))`: the floor below which nothing can be asked of us.
+    """
+    with mock.patch.object(torch.Tensor, "float", torch.Tensor.double), torch.no_grad():
+        yield copy.deepcopy(module).double()
+
+
+def close(got: Any, expected: Any, what: str, *, exact: Any = None) -> None:
+    """At most BOUND; printed, so that `pytest -rP` reports the figures.
+
+    Args:
+      got, expected: ours and theirs.
+      what: how the printed line starts.
+      exact: theirs in float64; the reference's own distance from it is printed as the floor.
+    """
     found = error(got, expected)
-    print(f"{what}: {found:.2e} of the rms")
+    floor = "" if exact is None else f", floor {error(expected, exact):.1e}"
+    print(f"{what}: {found:.1e}{floor} of the rms")
     assert found <= BOUND, f"{what}: {found:.2e} of the rms"
+
+
+def worst(got: dict[str, Any], expected: dict[str, Any], *, least: float = 1e-2) -> tuple[float, str]:
+    """The largest difference over named tensors, each in units of its own rms, and the tensor that has it.
+
+    A tensor whose rms is below `least` of that of all of them together is measured in this share. There are such gradients:
+    the bias of the 2B model's key norm adds the same to all logits of a query, which the softmax forgets, so its true gradient
+    is zero and each side holds its own rounding. Nothing else comes near: the next smallest are at three hundredths.
+    """
+    assert got.keys() == expected.keys()
+    wide = {name: np.asarray(value, np.float64) for name, value in expected.items()}
+    together = np.sqrt(np.mean(np.concatenate([value.ravel() for value in wide.values()]) ** 2))
+    found = {}
+    for name, value in wide.items():
+        assert got[name].shape == value.shape, name
+        assert np.isfinite(got[name]).all(), name
+        rms = max(np.sqrt(np.mean(value**2)), least * together)
+        found[name] = float(np.abs(np.asarray(got[name], np.float64) - value).max() / rms)
+    name = max(found, key=found.__getitem__)
+    return found[name], name

@@ -16,6 +16,7 @@ from cogvideox_jax.tasks import convert
 from configs.convert import get_config
 from tests.models import folders as samples
 from tests.models.test_convert_files import LAYOUT, LYING, TENSORS
+from tests.models.test_convert_tokenizer import same_ids
 from tests.parity.reference import close, randomise
 from tests.parity.test_transformer import positions
 from tests.tasks.test_convert import trained  # noqa: F401  (a fixture)
@@ -61,7 +62,10 @@ def write(libraries, root: Path, variant: str, dtype: str) -> Path:
 @pytest.mark.parametrize("variant", samples.VARIANTS)
 def test_in_and_out_again(libraries, tmp_path, variant, dtype):
     before = write(libraries, tmp_path, variant, dtype)
+    # transformers 5 saves no spiece.model
+    assert not (before / "tokenizer" / "spiece.model").exists()
     run(before, tmp_path / "in")
+    same_ids((tmp_path / "in" / "tokenizer" / "spiece.model").read_bytes())
     run(tmp_path / "in", tmp_path / "out", max_shard_bytes=40_000)
     after = tmp_path / "out" / "diffusers"
     for kind in folder.NETWORKS:
@@ -79,6 +83,8 @@ def test_in_and_out_again(libraries, tmp_path, variant, dtype):
         for key, value in expected.items():
             assert got[key].dtype == value.dtype
             assert libraries.torch.equal(got[key], value), key
+    for path in (before / "tokenizer").iterdir():
+        assert (after / "tokenizer" / path.name).read_bytes() == path.read_bytes()
     assert dict(ours.scheduler.config) == dict(theirs.scheduler.config)
     assert ours.text_encoder.config.to_dict().items() >= {"d_model": 12, "feed_forward_proj": "gated-gelu"}.items()
     text = ["a cat, a dog and a very long sentence that is cut"]

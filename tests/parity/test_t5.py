@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from cogvideox_jax.models import t5
-from cogvideox_jax.models.convert import folder
+from cogvideox_jax.models.convert import configs, folder
 from data.transforms import Tokenizer
 from tests.models import folders as samples
-from tests.parity.reference import close, params_of, randomise
+from tests.parity.reference import close, float64, params_of, randomise
 
 pytestmark = pytest.mark.parity
 
@@ -27,26 +27,30 @@ def test_encoder(libraries, size, seed, length):
     config = libraries.transformers.T5Config(feed_forward_proj="gated-gelu", **SIZES[size])
     module = libraries.transformers.T5EncoderModel(config).eval()
     randomise(module, seed)
-    fields = folder.t5_from(json.loads(config.to_json_string(use_diff=False)), "module")["model"]
+    fields = configs.t5_from(json.loads(config.to_json_string(use_diff=False)), "module")["model"]
     model, params = t5.T5Encoder(**fields), params_of("text_encoder", fields, module)
     ids = np.random.default_rng(seed).integers(0, fields["vocab_size"], size=(2, length))
     mask = np.arange(length)[None] < np.array([[length - 3], [length // 2]])
     torch = libraries.torch
     for given in (None, mask):
+        # without one transformers attends everywhere, as CogVideoX does
+        asked = {
+            "input_ids": torch.from_numpy(ids),
+            "attention_mask": None if given is None else torch.from_numpy(given.astype(np.int64)),
+        }
         with torch.no_grad():
-            expected = module(
-                input_ids=torch.from_numpy(ids),
-                # without one transformers attends everywhere, as CogVideoX does
-                attention_mask=None if given is None else torch.from_numpy(given.astype(np.int64)),
-            ).last_hidden_state.numpy()
+            expected = module(**asked).last_hidden_state.numpy()
+        with float64(torch, module) as wide:
+            exact = wide(**asked).last_hidden_state.numpy()
         got = t5.encode(model, params, ids.astype(np.int32), given)
-        close(got, expected, f"{size}, {length} tokens, {'no mask' if given is None else 'mask'}")
+        what = f"T5 {size} seed {seed}, {length} tokens, {'no mask' if given is None else 'mask'}"
+        close(got, expected, what, exact=exact)
 
 
 def test_config(libraries):
     """What we write is read as the same encoder, and nothing in it is left to a default."""
-    piece = folder.t5_from(samples.config("t5_v1_1_xxl_encoder"), "x")
-    config = libraries.transformers.T5Config(**folder.t5_to(piece))
+    piece = configs.t5_from(samples.config("t5_v1_1_xxl_encoder"), "x")
+    config = libraries.transformers.T5Config(**configs.t5_to(piece))
     for name, value in samples.manifest("t5_v1_1_xxl_encoder")["config"].items():
         assert getattr(config, name) == value, name
     assert (config.dense_act_fn, config.is_gated_act) == ("gelu_new", True)
