@@ -34,14 +34,3 @@ def test_a_mesh_that_does_not_fit_is_refused():
         mesh.make_mesh(4, 4, 4)
     one = mesh.make_mesh(-1, 1, 1)
     assert one.shape == {"data": jax.device_count(), "fsdp": 1, "sequence": 1}
-
-
-def test_a_batch_or_sequence_that_does_not_divide_is_refused():
-    class Shape:
-        shape = {"data": 2, "fsdp": 2, "sequence": 2}  # noqa: RUF012
-
-    mesh.check_divisible(Shape, batch_size=8, tokens=96)
-    with pytest.raises(InputError, match=r"batch_size=6 .* use 8"):
-        mesh.check_divisible(Shape, batch_size=6)
-    with pytest.raises(InputError, match="97 tokens"):
-        mesh.check_divisible(Shape, batch_size=8, tokens=97)
