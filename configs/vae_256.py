@@ -19,7 +19,8 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.task = "train_vae"
     config.records = ""  # folder of clip records, written by prepare
     config.model = models.VAES["tiny" if args.tiny else "cogvideox"]
-    config.compute_dtype = "float32" if args.tiny else "bfloat16"  # parameters, moments, norms' statistics, loss: float32
+    # of activations; parameters, moments, the norms' statistics and the loss are float32
+    config.compute_dtype = "float32" if args.tiny else "bfloat16"
     config.remat = not args.tiny  # the backward pass computes each residual block again
     config.num_frames = 9 if args.tiny else 17  # 4k+1
     config.height = 64 if args.tiny else 256

@@ -65,6 +65,32 @@ def _silu(x: Frames) -> Frames:
     return jax.tree.map(nn.silu, x)
 
 
+def _blocks(
+    coder: "Encoder | Decoder", features: int, names: list[str], x: Frames, latents: Frames | None, caches: _Caches
+) -> Frames:
+    """Residual blocks of `coder`, one after the other, all but the first of equal shapes.
+
+    With coder.remat those of equal shapes are one loop over their stacked weights, which is compiled once instead of once a
+    block, and whose backward pass computes each block again from its input. There are no caches then.
+    """
+    fields = dict(features=features, groups=coder.groups, dtype=coder.dtype)
+    if not coder.remat or coder.is_initializing():
+        for name in names:
+            x = caches(ResnetBlock(**fields, name=name), x, latents)
+        return x
+
+    def body(x: Frames, weights: Any) -> tuple[Frames, None]:
+        return ResnetBlock(**fields, parent=None).apply({"params": weights}, x, latents)[0], None
+
+    weights = [coder.variables["params"][name] for name in names]
+    if weights and jax.tree.leaves(x)[0].shape[-1] != features:
+        x, _ = jax.checkpoint(body)(x, weights.pop(0))
+    if weights:
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *weights)
+        x, _ = jax.lax.scan(jax.checkpoint(body, prevent_cse=False), x, stacked)
+    return x
+
+
 def pool_time(x: Frames) -> Frames:
     """Average pairs of frames; the first frame of a clip is kept as it is (spec 3.4)."""
     return halo.after_first(lambda rest: (rest[:, 0::2] + rest[:, 1::2]) / 2, x)
@@ -98,16 +124,15 @@ class Encoder(nn.Module):
     @nn.compact
     def __call__(self, x: Frames, cache: Cache | None = None) -> tuple[Frames, Cache]:
         caches = _Caches(cache)
-        block = nn.remat(ResnetBlock) if self.remat else ResnetBlock
         x = caches(CausalConv3d(self.channels[0], self.dtype, name="conv_in"), x)
         for i, features in enumerate(self.channels):
-            for j in range(self.layers_per_block):
-                x = caches(block(features, self.groups, self.dtype, name=f"down_{i}_resnet_{j}"), x, None)
+            names = [f"down_{i}_resnet_{j}" for j in range(self.layers_per_block)]
+            if i == len(self.channels) - 1:
+                names += ["mid_resnet_0", "mid_resnet_1"]
+            x = _blocks(self, features, names, x, None, caches)
             if i < len(self.channels) - 1:
                 x = pool_time(x) if i < 2 else x
                 x = jax.tree.map(SpatialConv(features, stride=2, dtype=self.dtype, name=f"down_{i}_downsample"), x)
-        for j in range(2):
-            x = caches(block(self.channels[-1], self.groups, self.dtype, name=f"mid_resnet_{j}"), x, None)
         x = _silu(GroupNorm(self.groups, self.dtype, name="norm_out")(x))
         x = caches(CausalConv3d(2 * self.latent_channels, self.dtype, bias_init=narrow_posterior, name="conv_out"), x)
         return x, caches.new
@@ -125,13 +150,11 @@ class Decoder(nn.Module):
     @nn.compact
     def __call__(self, latents: Frames, cache: Cache | None = None) -> tuple[Frames, Cache]:
         caches = _Caches(cache)
-        block = nn.remat(ResnetBlock) if self.remat else ResnetBlock
         x = caches(CausalConv3d(self.channels[-1], self.dtype, name="conv_in"), latents)
-        for j in range(2):
-            x = caches(block(self.channels[-1], self.groups, self.dtype, name=f"mid_resnet_{j}"), x, latents)
         for i, features in enumerate(reversed(self.channels)):
-            for j in range(self.layers_per_block + 1):
-                x = caches(block(features, self.groups, self.dtype, name=f"up_{i}_resnet_{j}"), x, latents)
+            names = ["mid_resnet_0", "mid_resnet_1"] if i == 0 else []
+            names += [f"up_{i}_resnet_{j}" for j in range(self.layers_per_block + 1)]
+            x = _blocks(self, features, names, x, latents, caches)
             if i < len(self.channels) - 1:
                 x = double(x, time=i < 2)
                 x = jax.tree.map(SpatialConv(features, dtype=self.dtype, name=f"up_{i}_upsample"), x)
@@ -146,7 +169,8 @@ class VAE(nn.Module):
     Its methods take whole clips, or frames that parallel.halo has split over `sequence`, and answer in kind.
 
     Fields:
-      remat: the backward pass computes each residual block again instead of keeping what is inside.
+      remat: for training large clips (see `_blocks`): the backward pass computes each residual block again instead of keeping
+        what is inside, and equal blocks compile once. Whole clips only: there are no caches.
     """
 
     channels: tuple[int, ...]
@@ -164,6 +188,8 @@ class VAE(nn.Module):
     def encode(self, x: Frames, cache: Cache | None = None) -> tuple[Frames, Frames, Cache]:
         """One chunk of pixels (b, f, h, w, 3): posterior mean and log-variance, clamped to [-30, 20], both float32
         (b, t, h1, w1, z), and the cache for the next chunk."""
+        if self.remat and cache is not None:
+            raise ValueError("with remat there are no caches: encode whole clips, or without remat")
         moments, cache = self.encoder(x, cache)
         mean = jax.tree.map(lambda part: part[..., : self.latent_channels].astype(jnp.float32), moments)
         logvar = jax.tree.map(lambda part: part[..., self.latent_channels :].astype(jnp.float32), moments)
@@ -171,6 +197,8 @@ class VAE(nn.Module):
 
     def decode(self, latents: Frames, cache: Cache | None = None) -> tuple[Frames, Cache]:
         """Pixels (b, f, h, w, 3) of one chunk of (unscaled) latents, not clamped, and the cache for the next."""
+        if self.remat and cache is not None:
+            raise ValueError("with remat there are no caches: decode whole clips, or without remat")
         return self.decoder(latents, cache)
 
     def __call__(self, x: Frames, key: jax.Array | None = None) -> tuple[Frames, Frames, Frames]:

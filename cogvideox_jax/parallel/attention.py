@@ -119,15 +119,14 @@ def _all_to_all_forward(q: Array, k: Array, v: Array, segments: Array | None) ->
     q, k, v = _to_heads(q, k, v)
     out, lse = kernels.forward(q, k, v, segments, segments)
     # kept after the exchange: what follows needs it so, and a backward pass that keeps it exchanges it no second time
-    out, lse = kernels.kept(*_to_tokens(out), lse)
+    out, lse = kernels.kept(_to_tokens(out)[0], lse)
     return out, (q, k, v, segments, lse, out)
 
 
 def _all_to_all_backward(residuals: Any, dout: Array) -> Any:
-    *operands, out = residuals
+    q, k, v, segments, lse, out = residuals
     delta = lax.all_to_all(kernels.row_delta(out, dout), "sequence", split_axis=2, concat_axis=1, tiled=True)
     (dout,) = _to_heads(dout)
-    q, k, v, segments, lse = operands
     gradients = kernels.backward(q, k, v, segments, segments, lse, delta.swapaxes(1, 2), dout)
     return *_to_tokens(*(g.astype(q.dtype) for g in gradients)), None
 
@@ -157,7 +156,8 @@ def _ring(q: Array, k: Array, v: Array, segments: Array | None) -> Array:
 
 def _ring_forward(q: Array, k: Array, v: Array, segments: Array | None) -> Any:
     def attend(sums: Any, step: Any, kv: Any) -> Any:
-        return kernels.merge(*sums, *kernels.forward(q, *kv, *_segments_at(step, segments, q.shape[1])))
+        out, lse = kernels.forward(q, kv[0], kv[1], *_segments_at(step, segments, q.shape[1]))
+        return kernels.merge(sums[0], sums[1], out, lse)
 
     def turn(carry: Any, step: Any) -> Any:
         kv, sums = carry
@@ -177,8 +177,8 @@ def _ring_backward(residuals: Any, dout: Array) -> Any:
     delta = kernels.row_delta(out, dout).swapaxes(1, 2)
 
     def gradients(step: Any, kv: Any) -> Any:
-        ids = _segments_at(step, segments, q.shape[1])
-        parts = kernels.backward(q, *kv, *ids, lse, delta, dout)
+        mine, theirs = _segments_at(step, segments, q.shape[1])
+        parts = kernels.backward(q, kv[0], kv[1], mine, theirs, lse, delta, dout)
         dq, dk, dv = (part.astype(jnp.float32) for part in parts)
         return dq, (dk, dv)
 
@@ -190,8 +190,8 @@ def _ring_backward(residuals: Any, dout: Array) -> Any:
 
     first = gradients(0, (k, v))
     (_, dq, dkv), _ = lax.scan(turn, (_next((k, v)), *first), jnp.arange(1, lax.axis_size("sequence")))
-    dk, dv = _next(dkv)
-    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
+    dk, dv = _next((dkv[0].astype(k.dtype), dkv[1].astype(v.dtype)))
+    return dq.astype(q.dtype), dk, dv, None
 
 
 _ring.defvjp(_ring_forward, _ring_backward)

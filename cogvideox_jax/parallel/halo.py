@@ -9,8 +9,9 @@ Stretches are rows of a batch, so whatever treats frames by themselves (activati
 single-device code, mapped over the two parts. What looks further is here: the two frames before a stretch (`before`), means
 over whole clips (`frame_mean`, `clip_mean`), taking clips apart and putting them together (`split`, `join`).
 
-Every device computes the first frame for itself: shard 0 would have to anyway, and the others would wait for it. Their gradients
-of it are parts of a sum that is only taken where all sums over rows are, in the weights' gradients: no frame is ever reduced.
+Every device computes the first frame for itself: shard 0 would have to anyway, and the others would wait for it. Their
+gradients of it are parts of a sum that is only taken where all sums over rows are, in the weights' gradients: no frame is
+ever reduced.
 """
 
 from collections.abc import Callable
@@ -42,7 +43,7 @@ def _placement(clips: int) -> tuple[P, P]:
 
 
 def divides(num_frames: int, unit: int, *, first: bool = True) -> bool:
-    """Whether `split` splits this many frames: there is a `sequence` axis, and each of its devices gets a multiple of `unit`."""
+    """Whether `split` splits this many frames: each device of `sequence`, if there are several, gets a multiple of `unit`."""
     ways, rest = ambient_axis("sequence"), num_frames - first
     return ways > 1 and rest > 0 and rest % (unit * ways) == 0
 
@@ -94,7 +95,9 @@ def before(x: Split, past: Float[Array, "rows 2 h w c"] | None) -> tuple[Array, 
     """
     ways = ambient_axis("sequence")
     _, rows = _placement(x.rest.shape[0] // ways)
-    edge = jnp.repeat(x.first, 2, axis=1) if past is None else past
+    if past is None:
+        assert x.first is not None, "a later chunk needs the past of the one before it"
+        past = jnp.repeat(x.first, 2, axis=1)
     ring = [(i, (i + 1) % ways) for i in range(ways)]
 
     def local(rest: Array, edge: Array) -> tuple[Array, Array]:
@@ -110,7 +113,7 @@ def before(x: Split, past: Float[Array, "rows 2 h w c"] | None) -> tuple[Array, 
             [second, last], axis=1
         )
 
-    return jax.shard_map(local, in_specs=(rows, rows), out_specs=(rows, rows))(x.rest, edge)
+    return jax.shard_map(local, in_specs=(rows, rows), out_specs=(rows, rows))(x.rest, past)
 
 
 def after_first(function: Callable[..., Array], *xs: Frames) -> Frames:
@@ -125,7 +128,8 @@ def after_first(function: Callable[..., Array], *xs: Frames) -> Frames:
         return xs[0]
     if xs[0].shape[1] % 2 == 0:
         return function(*xs)
-    return jnp.concatenate([xs[0][:, :1], function(*(x[:, 1:] for x in xs))], axis=1)
+    whole = [x for x in xs if not isinstance(x, Split)]
+    return jnp.concatenate([whole[0][:, :1], function(*(x[:, 1:] for x in whole))], axis=1)
 
 
 def frame_mean(function: Callable[..., Array], *xs: Frames) -> Array:

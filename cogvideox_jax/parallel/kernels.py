@@ -273,11 +273,11 @@ def _local_forward(q: Array, k: Array, v: Array, q_segments: Array | None, kv_se
 
 
 def _local_backward(residuals: Any, cotangents: Any) -> Any:
-    *operands, out = residuals
+    q, k, v, q_segments, kv_segments, lse, out = residuals
     dout, dlse = cotangents
     delta = row_delta(out, dout).swapaxes(1, 2) - dlse
-    gradients = backward(*operands, delta, dout)
-    return *(d.astype(x.dtype) for d, x in zip(gradients, operands[:3], strict=True)), None, None
+    dq, dk, dv = backward(q, k, v, q_segments, kv_segments, lse, delta, dout)
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, None
 
 
 local_attention.defvjp(_local_forward, _local_backward)

@@ -4,7 +4,7 @@ Its public interface gives no gradient of a part of the keys, so this file calls
 one version, and tests/parallel/test_attention_tpu.py runs them interpreted and compiles them.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,42 +16,48 @@ from jaxtyping import Array
 from cogvideox_jax.parallel.kernels import MASKED, scaled
 
 # Blocks in tokens; beside a block of keys stands how many of them meet the queries at once. The choice is the one that pads
-# least (`_blocks`); of equals the smallest block of queries and the largest of keys, by static cycles of the compiled kernel on v5p:
-# 46 % of peak at 512 queries x 1,024 keys, 43 % at 1,024 x 1,024, 47 % at 512 x 2,560. 1,792 x 2,560 did not fit VMEM.
+# least (`_Blocks`); of equals the smallest block of queries and the largest of keys, by static cycles of the compiled kernel on
+# v5p: 46 % of peak at 512 queries x 1,024 keys, 43 % at 1,024 x 1,024, 47 % at 512 x 2,560. 1,792 x 2,560 did not fit VMEM.
+# Segments, which padding needs too, cost nothing forward and 2 % of the cycles backward.
 Q_BLOCKS = (512, 640, 768, 896, 1024)
 KV_BLOCKS = {2560: 512, 2304: 768, 2048: 512, 1920: 640, 1536: 512, 1280: 640, 1024: 512}
 LANES = 128
 # The fused backward kernel writes a copy of dq per block of keys, quadratic in the length: 3.1 GB for 17,920 tokens and 48
 # heads with 7 blocks of 2,560. Beyond this many blocks the keys are taken in turns, each adding to dq, so that memory stays
-# linear. (The unfused dq kernel needs no copies, but computes logits and dout v^T twice: 7 matmuls instead of 5.)
+# linear. (splash's unfused dq kernel needs no copies, but it computes logits and dout v^T twice: 7 matmuls instead of 5.)
 DQ_COPIES = 8
 # no mask but the segments: with these arrays absent the kernel visits every block, and the host prepares nothing
 _NO_MASK = MaskInfo(None, None, None, None, None)
 _MASK_VALUE = kernel.DEFAULT_MASK_VALUE
 
 
-def _blocks(l: int, m: int) -> tuple[kernel.BlockSizes, int, int]:
-    """Block sizes for l queries and m keys, and the lengths that they ask for."""
+class _Blocks(NamedTuple):
+    """How l queries and m keys are cut: blocks, the lengths they are padded to, turns of the backward pass."""
 
-    def padded(length: int, block: int) -> int:
-        return -(-length // block) * block
+    q: int
+    kv: int
+    compute: int
+    queries: int
+    keys: int
+    turns: int
 
-    block_q = min(Q_BLOCKS, key=lambda block: (padded(l, block), block)) if l > Q_BLOCKS[0] else padded(l, LANES)
-    if m > min(KV_BLOCKS):
-        block_kv = min(KV_BLOCKS, key=lambda block: (padded(m, block), -block))
-        compute = KV_BLOCKS[block_kv]
-    else:
-        block_kv = compute = padded(m, LANES)
-    sizes = kernel.BlockSizes(
-        block_q=block_q,
-        block_kv=block_kv,
-        block_kv_compute=compute,
-        block_q_dkv=block_q,
-        block_kv_dkv=block_kv,
-        block_kv_dkv_compute=compute,
-        use_fused_bwd_kernel=True,
-    )
-    return sizes, padded(l, block_q), padded(m, block_kv)
+    @classmethod
+    def of(cls, l: int, m: int) -> "_Blocks":
+        def turns(block: int) -> int:
+            return -(-m // (block * DQ_COPIES))
+
+        def padded(length: int, unit: int) -> int:
+            return -(-length // unit) * unit
+
+        block_q, block_kv = padded(l, LANES), padded(m, LANES)
+        compute = block_kv
+        if l > Q_BLOCKS[0]:
+            block_q = min(Q_BLOCKS, key=lambda block: (padded(l, block), block))
+        if m > min(KV_BLOCKS):
+            block_kv = min(KV_BLOCKS, key=lambda block: (padded(m, block * turns(block)), -block))
+            compute = KV_BLOCKS[block_kv]
+        times = turns(block_kv)
+        return cls(block_q, block_kv, compute, padded(l, block_q), padded(m, block_kv * times), times)
 
 
 def _pad(x: Array, axis: int, length: int, value: int = 0) -> Array:
@@ -62,23 +68,25 @@ def _pad(x: Array, axis: int, length: int, value: int = 0) -> Array:
 
 def _kernel_layout(
     q: Array, k: Array, v: Array, q_segments: Array | None, kv_segments: Array | None
-) -> tuple[kernel.BlockSizes, Array, Array, Array, kernel.SegmentIds | None]:
+) -> tuple[_Blocks, Array, Array, Array, kernel.SegmentIds | None]:
     """q (scaled), k, v as (b, heads, tokens, d), padded to blocks; padded keys are of a segment that no query is of."""
-    sizes, l, m = _blocks(q.shape[1], k.shape[1])
+    blocks = _Blocks.of(q.shape[1], k.shape[1])
+    l, m = blocks.queries, blocks.keys
     if m != k.shape[1] and q_segments is None:
         q_segments, kv_segments = (jnp.zeros(x.shape[:2], jnp.int32) for x in (q, k))
     ids = None
     if q_segments is not None and kv_segments is not None:
         ids = kernel.SegmentIds(_pad(q_segments, 1, l, -2), _pad(kv_segments, 1, m, -3))
     q, k, v = (_pad(x.swapaxes(1, 2), 2, length) for x, length in ((scaled(q), l), (k, m), (v, m)))
-    return sizes, q, k, v, ids
+    return blocks, q, k, v, ids
 
 
 def forward(
     q: Array, k: Array, v: Array, q_segments: Array | None, kv_segments: Array | None, *, interpret: bool = False
 ) -> tuple[Array, Array]:
     """kernels.forward; `interpret` runs the kernel on any platform, slowly."""
-    sizes, qs, ks, vs, ids = _kernel_layout(q, k, v, q_segments, kv_segments)
+    blocks, qs, ks, vs, ids = _kernel_layout(q, k, v, q_segments, kv_segments)
+    sizes = kernel.BlockSizes(block_q=blocks.q, block_kv=blocks.kv, block_kv_compute=blocks.compute)
 
     def row(q: Array, k: Array, v: Array, ids: kernel.SegmentIds | None) -> Any:
         return kernel._splash_attention_forward(
@@ -89,7 +97,8 @@ def forward(
     out, (lse,) = jax.vmap(row)(qs, ks, vs, ids)
     out, lse = out[:, :, : q.shape[1]], lse[:, :, : q.shape[1]]
     if ids is not None:
-        # for a query that sees no key the kernel returns the mean of the values
+        # for a query that sees no key the kernel returns the mean of the values, and as lse its mask value, -2e38. With MASKED
+        # instead, the backward kernel's exp(mask value - lse) is zero
         seen = lse > MASKED
         out, lse = jnp.where(seen[..., None], out, 0), jnp.where(seen, lse, MASKED)
     return out.swapaxes(1, 2), lse
@@ -108,38 +117,31 @@ def backward(
     interpret: bool = False,
 ) -> tuple[Array, Array, Array]:
     """kernels.backward; the gradients are in the inputs' dtypes, dq in float32 where it is summed over more than one turn."""
-    sizes, qs, ks, vs, ids = _kernel_layout(q, k, v, q_segments, kv_segments)
-    l, m, block = qs.shape[2], ks.shape[2], sizes.block_kv_dkv
-    assert block is not None
-    if ids is not None:
-        # where no key is seen every logit equals the kernel's mask value and lse must not
-        dout = jnp.where((lse > MASKED).swapaxes(1, 2)[..., None], dout, 0)
-        lse = jnp.where(lse > MASKED, lse, 0)
+    blocks, qs, ks, vs, ids = _kernel_layout(q, k, v, q_segments, kv_segments)
+    l, m, turns = blocks.queries, blocks.keys, blocks.turns
     lse, delta, douts = _pad(lse, 2, l), _pad(delta, 2, l), _pad(dout.astype(q.dtype).swapaxes(1, 2), 2, l)
+    q_ids, kv_ids = (None, None) if ids is None else ids
 
-    def row(k: Array, v: Array, kv_ids: Array | None, q: Array, q_ids: Array | None, *rest: Array) -> Any:
+    def row(k: Array, v: Array, kv_ids: Array | None, q: Array, q_ids: Array | None, *rest: Any) -> Any:
         ids = None if q_ids is None or kv_ids is None else kernel.SegmentIds(q_ids, kv_ids)
         return kernel._splash_attention_bwd_dkv(
-            q, k, v, ids, None, *rest, bq=sizes.block_q_dkv, bkv=block, bkv_compute=sizes.block_kv_dkv_compute, is_mqa=False,
+            q, k, v, ids, None, *rest, bq=blocks.q, bkv=blocks.kv, bkv_compute=blocks.compute, is_mqa=False,
             mask_info=_NO_MASK, mask_value=_MASK_VALUE, attn_logits_soft_cap=None, use_fused_bwd_kernel=True,
-            q_layout=sizes.q_layout, k_layout=sizes.k_layout, v_layout=sizes.v_layout, mask_function=None,
-            interpret=interpret,
+            q_layout=kernel.QKVLayout.HEAD_DIM_MINOR, k_layout=kernel.QKVLayout.HEAD_DIM_MINOR,
+            v_layout=kernel.QKVLayout.HEAD_DIM_MINOR, mask_function=None, interpret=interpret,
         )  # fmt: skip
 
-    queries = (qs, None if ids is None else ids.q, lse, douts, delta)
-    turns = -(-m // (block * DQ_COPIES))
-    step = -(-m // (block * turns)) * block
-    dq, parts = None, []
-    for start in range(0, m, step):
-        k_turn, v_turn = ks[:, :, start : start + step], vs[:, :, start : start + step]
-        more, dk, dv = jax.vmap(row)(k_turn, v_turn, None if ids is None else ids.kv[:, start : start + step], *queries)
-        parts.append((dk, dv))
-        if turns == 1:
-            dq = more
-        else:
-            dq = more.astype(jnp.float32) + (0 if dq is None else dq)
-            # the next turn waits for this one's sum: otherwise all turns' copies of dq could be alive at once
-            dq, queries = lax.optimization_barrier((dq, queries))
-    dk, dv = (jnp.concatenate(part, axis=2)[:, :, : k.shape[1]].swapaxes(1, 2) for part in zip(*parts, strict=True))
-    assert dq is not None
-    return scaled(dq[:, :, : q.shape[1]].swapaxes(1, 2)), dk, dv
+    def turn(dq: Array, keys: Any) -> Any:
+        more, dk, dv = jax.vmap(row)(*keys, qs, q_ids, lse, douts, delta)
+        return dq + more.astype(jnp.float32), (dk, dv)
+
+    if turns == 1:
+        dq, dk, dv = jax.vmap(row)(ks, vs, kv_ids, qs, q_ids, lse, douts, delta)
+    else:
+        b, heads, _, d = ks.shape
+        cut = [jnp.moveaxis(x.reshape(b, heads, turns, m // turns, d), 2, 0) for x in (ks, vs)]
+        kv_ids = None if kv_ids is None else jnp.moveaxis(kv_ids.reshape(b, turns, m // turns), 1, 0)
+        dq, parts = lax.scan(turn, jnp.zeros(qs.shape, jnp.float32), (*cut, kv_ids))
+        dk, dv = (jnp.moveaxis(x, 0, 2).reshape(b, heads, m, d) for x in parts)
+    dq, dk, dv = dq[:, :, : q.shape[1]], dk[:, :, : k.shape[1]], dv[:, :, : k.shape[1]]
+    return scaled(dq.swapaxes(1, 2)), dk.swapaxes(1, 2), dv.swapaxes(1, 2)

@@ -148,7 +148,7 @@ def test_a_way_that_is_impossible_is_refused():
 
 # One process with eight devices holds all meshes.
 SCRIPT = """
-import jax, numpy as np
+import jax, jax.numpy as jnp, numpy as np
 from cogvideox_jax.parallel import mesh as meshes
 meshes.start(8)
 from jax.sharding import NamedSharding, PartitionSpec as P
@@ -187,6 +187,12 @@ for shape in ((1, 1, 1), (8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2), (1, 2, 4)):
                 placed = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=tokens) for x in operands]
                 text = run.lower(*placed).compile().as_text()
                 assert {name: text.count(name) for name in count} == count, way
+            # the packed exchange is the only one that a block does again when its backward pass kept out and lse
+            for names, exchanges in ((("attention_out", "attention_lse"), 6), ((), 7)):
+                policy = jax.checkpoint_policies.save_only_these_names(*names)
+                block = jax.checkpoint(lambda x: jnp.sin(attention(jnp.cos(x), x, x)), policy=policy, prevent_cse=False)
+                run = jax.jit(jax.grad(lambda x: jax.lax.scan(lambda x, _: (block(x), None), x, length=3)[0].sum()))
+                assert run.lower(placed[0]).compile().as_text().count("all-to-all(") == exchanges
         if shape == (2, 2, 2):
             try:
                 attention(*cases[3][0], way="all_to_all")
